@@ -168,9 +168,7 @@ def cmpxchg_release(obj: Any, field: str, old: Any, new: Any) -> Any:
     return _cmpxchg(obj, field, old, new, "release")
 
 
-def try_cmpxchg(
-    obj: Any, field: str, old: Any, new: Any, order: str = "full"
-) -> tuple[bool, Any]:
+def try_cmpxchg(obj: Any, field: str, old: Any, new: Any, order: str = "full") -> tuple[bool, Any]:
     """(True, old) if the exchange was made, else (False, what was there instead)."""
     seen = _cmpxchg(obj, field, old, new, order)
     return (seen == old, seen)

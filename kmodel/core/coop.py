@@ -68,9 +68,7 @@ class CoopEngine(Tracer):
 
     name = "coop"
 
-    def __init__(
-        self, seed: int, *, max_steps: int = 200_000, nr_cpu_ids: int = 4
-    ) -> None:
+    def __init__(self, seed: int, *, max_steps: int = 200_000, nr_cpu_ids: int = 4) -> None:
         self.nr_cpu_ids = nr_cpu_ids
         self.max_steps = max_steps
         self.trace: list[Step] = []
@@ -131,18 +129,12 @@ class CoopEngine(Tracer):
                 runner.thread.join()
 
     def _choose(self) -> _Runner | None:
-        runnable = [
-            r
-            for r in self._runners
-            if not r.finished and (r.ready is None or r.ready())
-        ]
+        runnable = [r for r in self._runners if not r.finished and (r.ready is None or r.ready())]
         return self._random.choice(runnable) if runnable else None
 
     def _hand_over(self, me: _Runner | None) -> None:
         """Give the baton to the next task and, if `me` is still to run, wait to get it back."""
-        if self._error is not None or all(
-            r.finished or r.daemon for r in self._runners
-        ):
+        if self._error is not None or all(r.finished or r.daemon for r in self._runners):
             chosen = None
         else:
             try:
@@ -150,9 +142,7 @@ class CoopEngine(Tracer):
             except BaseException as error:  # noqa: BLE001  # a wait condition met poison: the run's error
                 self._error, chosen = error, None
             if chosen is None and self._error is None:
-                waits = "; ".join(
-                    f"{r.task!r} {r.doing}" for r in self._runners if not r.finished
-                )
+                waits = "; ".join(f"{r.task!r} {r.doing}" for r in self._runners if not r.finished)
                 self._error = Deadlock(f"no task can go on: {waits}")
         if chosen is me and me is not None:
             return
@@ -165,9 +155,7 @@ class CoopEngine(Tracer):
             if me.unwinding:
                 raise _Aborted
 
-    def _step(
-        self, what: str, ready: Callable[[], bool] | None = None
-    ) -> _Runner | None:
+    def _step(self, what: str, ready: Callable[[], bool] | None = None) -> _Runner | None:
         if not self._running:
             return None
         me = self._by_task.get(current())
@@ -175,9 +163,7 @@ class CoopEngine(Tracer):
             return None
         me.ready, me.doing = ready, what
         if len(self.trace) >= self.max_steps and self._error is None:
-            self._error = TooManySteps(
-                f"{self.max_steps} steps; the last was {self.trace[-1]}"
-            )
+            self._error = TooManySteps(f"{self.max_steps} steps; the last was {self.trace[-1]}")
         self._hand_over(me)
         me.ready = None
         return me
@@ -185,9 +171,7 @@ class CoopEngine(Tracer):
     def _log(self, me: _Runner | None, kind: str, where: str, value: Any) -> None:
         if me is not None:
             shown = (
-                f"{type(value).__name__}#{value._k_id}"
-                if isinstance(value, KernelObject)
-                else _show(value)
+                f"{type(value).__name__}#{value._k_id}" if isinstance(value, KernelObject) else _show(value)
             )
             self.trace.append(Step(me.task.comm, kind, where, shown))
 
@@ -197,13 +181,9 @@ class CoopEngine(Tracer):
 
     # -- tasks
 
-    def spawn(
-        self, func: Callable[..., Any], args: tuple[Any, ...], comm: str, daemon: bool
-    ) -> TaskStruct:
+    def spawn(self, func: Callable[..., Any], args: tuple[Any, ...], comm: str, daemon: bool) -> TaskStruct:
         pid = len(self._runners) + 1
-        task = TaskStruct(
-            pid=pid, comm=comm, cpu=(pid - 1) % self.nr_cpu_ids, is_kthread=daemon
-        )
+        task = TaskStruct(pid=pid, comm=comm, cpu=(pid - 1) % self.nr_cpu_ids, is_kthread=daemon)
         go = threading.Lock()
         go.acquire()
         runner = _Runner(task, daemon, go)
@@ -283,18 +263,12 @@ class CoopEngine(Tracer):
         self._store("store", obj, field, value)
 
     def load(self, obj: Any, field: str, order: str) -> Any:
-        return self._load(
-            "READ_ONCE" if order == "once" else "load-acquire", obj, field
-        )
+        return self._load("READ_ONCE" if order == "once" else "load-acquire", obj, field)
 
     def store(self, obj: Any, field: str, value: Any, order: str) -> None:
-        self._store(
-            "WRITE_ONCE" if order == "once" else "store-release", obj, field, value
-        )
+        self._store("WRITE_ONCE" if order == "once" else "store-release", obj, field, value)
 
-    def rmw(
-        self, obj: Any, field: str, update: Callable[[Any], Any], order: str
-    ) -> Any:
+    def rmw(self, obj: Any, field: str, update: Callable[[Any], Any], order: str) -> Any:
         if field not in obj.__k_atomic__:
             raise TypeError(f"{type(obj).__name__}.{field} is not declared atomic()")
         where = self._where(obj, field)
@@ -309,16 +283,12 @@ class CoopEngine(Tracer):
     def fence(self, kind: str) -> None:
         self._log(self._step(kind), kind, "", None)
 
-    def cond_load(
-        self, obj: Any, field: str, cond: Callable[[Any], bool], order: str
-    ) -> Any:
+    def cond_load(self, obj: Any, field: str, cond: Callable[[Any], bool], order: str) -> Any:
         where = self._where(obj, field)
         me = self._step(f"waits on {where}", lambda: cond(raw_get(obj, field)))
         value = raw_get(obj, field)
         if me is None and not cond(value):
-            raise Deadlock(
-                f"{where} is waited for outside the run, where nothing can change it"
-            )
+            raise Deadlock(f"{where} is waited for outside the run, where nothing can change it")
         self._log(me, "cond_load", where, value)
         return value
 
@@ -332,9 +302,7 @@ class CoopEngine(Tracer):
         where = self._where(obj, field)
         me = self._step(f"spins on {where}", lambda: raw_get(obj, field) == 0)
         if raw_get(obj, field):
-            raise Deadlock(
-                f"{where} is taken outside the run, where nothing can release it"
-            )
+            raise Deadlock(f"{where} is taken outside the run, where nothing can release it")
         raw_set(obj, field, 1)
         self._log(me, "lock", where, 1)
 

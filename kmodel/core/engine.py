@@ -49,9 +49,7 @@ class Engine(ABC):
     nr_cpu_ids = 64
 
     @abstractmethod
-    def spawn(
-        self, func: Callable[..., Any], args: tuple[Any, ...], comm: str, daemon: bool
-    ) -> TaskStruct:
+    def spawn(self, func: Callable[..., Any], args: tuple[Any, ...], comm: str, daemon: bool) -> TaskStruct:
         """Start a task running func(*args). A daemon need not have ended when a run ends."""
 
     @abstractmethod
@@ -117,9 +115,7 @@ class Tracer(Engine):
         """Marked store, "once" or "release"."""
 
     @abstractmethod
-    def rmw(
-        self, obj: Any, field: str, update: Callable[[Any], Any], order: str
-    ) -> Any:
+    def rmw(self, obj: Any, field: str, update: Callable[[Any], Any], order: str) -> Any:
         """Read-modify-write, "full", "relaxed", "acquire" or "release"; NO_STORE from update makes it a relaxed load."""
 
     @abstractmethod
@@ -127,9 +123,7 @@ class Tracer(Engine):
         """ "mb", "rmb" or "wmb"."""
 
     @abstractmethod
-    def cond_load(
-        self, obj: Any, field: str, cond: Callable[[Any], bool], order: str
-    ) -> Any:
+    def cond_load(self, obj: Any, field: str, cond: Callable[[Any], bool], order: str) -> Any:
         """Block until a load of obj.field may return a value for which cond holds, and return it."""
 
     @abstractmethod
@@ -144,10 +138,10 @@ class Tracer(Engine):
     def constructed(self, obj: Any) -> None:
         """A kernel_struct was built: name it. Its initial values are what every task sees at first."""
 
-    def lock_acquired(self, task: TaskStruct, lock: Any, mode: str) -> None:  # noqa: B027  # optional hook
+    def lock_acquired(self, task: TaskStruct, lock: Any, mode: str) -> None:  # optional hook
         """The task now holds a lock of sync/ (for lock-order oracles)."""
 
-    def lock_released(self, task: TaskStruct, lock: Any) -> None:  # noqa: B027  # optional hook
+    def lock_released(self, task: TaskStruct, lock: Any) -> None:  # optional hook
         """The task no longer holds it."""
 
 
@@ -312,9 +306,7 @@ def schedule_timeout(seconds: float) -> None:
 
 def wake_up_state(task: TaskStruct, mask: int) -> bool:
     """If `task` sleeps in a state of `mask`, make it runnable; whether it was asleep. Full barrier before the state is read."""
-    old = access.rmw(
-        task, "state", lambda state: TASK_RUNNING if state & mask else access.NO_STORE
-    )
+    old = access.rmw(task, "state", lambda state: TASK_RUNNING if state & mask else access.NO_STORE)
     if old & mask:
         engine().kick(task)
         return True

@@ -25,21 +25,19 @@ class _Poison:
     def __repr__(self) -> str:
         return "POISON"
 
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __index__ = (
-        __int__
-    ) = __len__ = __iter__ = _fault
-    __add__ = __radd__ = __sub__ = __rsub__ = __and__ = __rand__ = __or__ = __ror__ = (
-        __xor__
-    ) = __rxor__ = _fault
-    __lshift__ = __rshift__ = __mul__ = __rmul__ = __neg__ = __invert__ = __call__ = (
-        __getitem__
-    ) = __contains__ = _fault
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __index__ = __int__ = __len__ = (
+        __iter__
+    ) = _fault
+    __add__ = __radd__ = __sub__ = __rsub__ = __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = (
+        _fault
+    )
+    __lshift__ = __rshift__ = __mul__ = __rmul__ = __neg__ = __invert__ = __call__ = __getitem__ = (
+        __contains__
+    ) = _fault
     __hash__ = _fault
 
     def __getattr__(self, name: str) -> Any:
-        raise UseAfterFree(
-            f"field {name!r} reached through a pointer that was read from a freed object"
-        )
+        raise UseAfterFree(f"field {name!r} reached through a pointer that was read from a freed object")
 
 
 POISON: Any = _Poison()

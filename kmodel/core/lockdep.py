@@ -33,9 +33,7 @@ def lock_release(lock: Any, *, atomic: bool = False) -> None:
             del held[i]
             break
     else:
-        raise LockingBug(
-            f"{task!r} releases {lock!r}, which it does not hold; it holds {held!r}"
-        )
+        raise LockingBug(f"{task!r} releases {lock!r}, which it does not hold; it holds {held!r}")
     if atomic:
         task.preempt_count -= 1
     if access._tracer is not None:
@@ -54,34 +52,25 @@ def lock_downgrade(lock: Any) -> None:
 
 def lock_is_held(lock: Any, mode: str | None = None) -> bool:
     """Whether current holds `lock` (in `mode`, if given)."""
-    return any(
-        known is lock and (mode is None or mode == how)
-        for known, how in current().held_locks
-    )
+    return any(known is lock and (mode is None or mode == how) for known, how in current().held_locks)
 
 
 def lockdep_assert_held(lock: Any) -> None:
     """LockingBug unless current holds `lock` in any mode."""
     if not lock_is_held(lock):
-        raise LockingBug(
-            f"{current()!r} must hold {lock!r}; it holds {current().held_locks!r}"
-        )
+        raise LockingBug(f"{current()!r} must hold {lock!r}; it holds {current().held_locks!r}")
 
 
 def lockdep_assert_held_write(lock: Any) -> None:
     """LockingBug unless current holds `lock` for writing."""
     if not lock_is_held(lock, "write"):
-        raise LockingBug(
-            f"{current()!r} must hold {lock!r} for writing; it holds {current().held_locks!r}"
-        )
+        raise LockingBug(f"{current()!r} must hold {lock!r} for writing; it holds {current().held_locks!r}")
 
 
 def might_sleep() -> None:
     """LockingBug if current may not block here: inside an RCU reader, or holding a spinning lock."""
     task = current()
     if task.preempt_count:
-        raise LockingBug(
-            f"{task!r} sleeps with preemption disabled; it holds {task.held_locks!r}"
-        )
+        raise LockingBug(f"{task!r} sleeps with preemption disabled; it holds {task.held_locks!r}")
     if task.rcu_read_lock_nesting:
         raise LockingBug(f"{task!r} sleeps inside an RCU read-side critical section")

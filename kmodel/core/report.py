@@ -77,10 +77,7 @@ def BUG_ON(condition: object, message: str) -> None:
 def kernel_warnings() -> tuple[Warning_, ...]:
     """All warnings since the last `clear_warnings()`, in the order in which they first fired."""
     with _ledger_lock:
-        return tuple(
-            Warning_(message, where, count)
-            for (message, where), count in _ledger.items()
-        )
+        return tuple(Warning_(message, where, count) for (message, where), count in _ledger.items())
 
 
 def clear_warnings() -> None:

@@ -70,15 +70,11 @@ class KernelObject:
         __slots__ = ()
 
     # Filled in by kernel_struct for each class:
-    __k_slots__: ClassVar[
-        dict[str, Any]
-    ] = {}  # watched field -> original slot descriptor
+    __k_slots__: ClassVar[dict[str, Any]] = {}  # watched field -> original slot descriptor
     __k_atomic__: ClassVar[frozenset[str]] = (
         frozenset()
     )  # fields that read-modify-write operations may change
-    _k_lock: (
-        Any  # makes read-modify-write operations on this object atomic (threads engine)
-    )
+    _k_lock: Any  # makes read-modify-write operations on this object atomic (threads engine)
     _k_id: Any  # stable name of this object within one traced run
     _k_gen: int  # how often it was allocated and freed: even is live, odd is freed
 
@@ -138,9 +134,7 @@ def _pre_init_unlocked(self: Any) -> None:
     self._k_gen = 0
 
 
-@dataclass_transform(
-    eq_default=False, field_specifiers=(field, atomic, embedded, untraced, attrs.field)
-)
+@dataclass_transform(eq_default=False, field_specifiers=(field, atomic, embedded, untraced, attrs.field))
 def kernel_struct[T: type[Any]](cls: T) -> T:
     """Class decorator: declare a struct of the modelled kernel (see the module's text for the kinds of field).
 
@@ -148,21 +142,15 @@ def kernel_struct[T: type[Any]](cls: T) -> T:
     so container_of() is the identity.
     """
     if not issubclass(cls, KernelObject):
-        raise TypeError(
-            f"{cls.__name__}: a kernel_struct derives from Struct or Pooled"
-        )
+        raise TypeError(f"{cls.__name__}: a kernel_struct derives from Struct or Pooled")
     annotations = cls.__dict__.get("__annotations__", {})
     own_kinds = {
-        name: (getattr(cls.__dict__.get(name), "metadata", None) or {}).get(
-            "k", "plain"
-        )
+        name: (getattr(cls.__dict__.get(name), "metadata", None) or {}).get("k", "plain")
         for name, annotation in annotations.items()
         if "ClassVar" not in str(annotation)
     }
     inherited_atomic = cast("frozenset[str]", getattr(cls, "__k_atomic__", frozenset()))
-    atomics = inherited_atomic | {
-        name for name, kind in own_kinds.items() if kind == "atomic"
-    }
+    atomics = inherited_atomic | {name for name, kind in own_kinds.items() if kind == "atomic"}
     if "__attrs_pre_init__" not in cls.__dict__:
         setattr(cls, "__attrs_pre_init__", _pre_init if atomics else _pre_init_unlocked)  # noqa: B010  # unknown to type[Any]
     built = attrs.define(eq=False, repr=False, slots=True, weakref_slot=False)(cls)
@@ -215,7 +203,7 @@ def variables(**initial: Any) -> Any:
     names = tuple(initial)
     cls = _variable_classes.get(names)
     if cls is None:
-        namespace: dict[str, Any] = {"__annotations__": {name: Any for name in names}}
+        namespace: dict[str, Any] = {"__annotations__": dict.fromkeys(names, Any)}
         namespace |= {name: atomic() for name in names}
         cls = kernel_struct(type("Variables", (Struct,), namespace))
         _variable_classes[names] = cls

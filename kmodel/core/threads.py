@@ -42,9 +42,7 @@ class ThreadsEngine(Engine):
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._threads: dict[int, tuple[threading.Thread, list[BaseException]]] = {}
-        self._work: queue.SimpleQueue[tuple[Callable[[], None], str]] = (
-            queue.SimpleQueue()
-        )
+        self._work: queue.SimpleQueue[tuple[Callable[[], None], str]] = queue.SimpleQueue()
         self._heap: list[tuple[float, int, Callable[[], None], str]] = []
         self._order = itertools.count()
         self._timer_wake = threading.Event()
@@ -53,9 +51,7 @@ class ThreadsEngine(Engine):
 
     # -- tasks
 
-    def spawn(
-        self, func: Callable[..., Any], args: tuple[Any, ...], comm: str, daemon: bool
-    ) -> TaskStruct:
+    def spawn(self, func: Callable[..., Any], args: tuple[Any, ...], comm: str, daemon: bool) -> TaskStruct:
         ready = threading.Event()
         made: list[TaskStruct] = []
         errors: list[BaseException] = []
@@ -154,9 +150,7 @@ class ThreadsEngine(Engine):
             self._work.put((func, comm))
             return
         with self._lock:
-            heapq.heappush(
-                self._heap, (time.monotonic() + delay, next(self._order), func, comm)
-            )
+            heapq.heappush(self._heap, (time.monotonic() + delay, next(self._order), func, comm))
         self._timer_wake.set()
 
     def _start_workers(self) -> None:
