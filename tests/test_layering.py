@@ -66,7 +66,8 @@ def layering_errors(room: str, source: str) -> list[str]:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_go_one_way(path: Path) -> None:
-    """No module imports a room above its own, threading outside the engines, or anything outside the package."""
+    """No module imports a room above its own, threading outside the engines, or anything outside the
+    package."""
     room = path.relative_to(PACKAGE).parts[0]
     if room.endswith(".py"):
         room = "core"  # kmodel/__init__.py: imports nothing but what core may

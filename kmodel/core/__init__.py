@@ -1,4 +1,5 @@
-"""What a CPU and a scheduler give you: structs, marked accesses, barriers, tasks, and the engines that run them."""
+"""What a CPU and a scheduler give you: structs, marked accesses, barriers, tasks, and the engines that run
+them."""
 
 from kmodel.core.access import (
     NO_STORE,

@@ -1,15 +1,19 @@
 """Marked accesses, read-modify-write operations and barriers, under the kernel's names.
 
 Models:      include/asm-generic/rwonce.h, barrier.h; include/linux/atomic/*.h, rcupdate.h (7.2)
-Guards:      on real threads a read-modify-write holds the object's own lock; a marked store to an atomic field takes it too, so
+Guards:      on real threads a read-modify-write holds the object's own lock; a marked store to an atomic
+             field takes it too, so
              that it cannot fall between the halves of one
 Invariants:  A1 an operation is one event to a traced engine, A2 a failed cmpxchg is a relaxed load
 Leaves out:  tearing (Python stores whole references), access widths, volatile versus compiler barriers
 Read next:   core/engine.py, where a traced engine receives these events
 
-Every function takes an object and a field name: `READ_ONCE(vma, "vm_lock_seq")`. Orderings, weakest first: plain attribute
-access < READ_ONCE / WRITE_ONCE < acquire / release < smp_rmb, smp_wmb < full barrier. An operation that returns a value and has
-no suffix is a full barrier; `_relaxed`, `_acquire`, `_release` are what they say; one that returns nothing is relaxed.
+Every function takes an object and a field name: `READ_ONCE(vma, "vm_lock_seq")`. Orderings, weakest first:
+plain attribute
+access < READ_ONCE / WRITE_ONCE < acquire / release < smp_rmb, smp_wmb < full barrier. An operation that
+returns a value and has
+no suffix is a full barrier; `_relaxed`, `_acquire`, `_release` are what they say; one that returns nothing is
+relaxed.
 """
 
 import time
@@ -38,14 +42,16 @@ NO_STORE: Final[Any] = _NoStore()
 
 
 def READ_ONCE(obj: Any, field: str) -> Any:
-    """Load without ordering and without tearing. A pointer so obtained orders what is read through it (address dependency)."""
+    """Load without ordering and without tearing. A pointer so obtained orders what is read through it
+    (address dependency)."""
     if _tracer is None:
         return getattr(obj, field)
     return _tracer.load(obj, field, "once")
 
 
 rcu_dereference = READ_ONCE
-"""Load a pointer that rcu_assign_pointer published; the caller must be a reader of the RCU flavour that protects it."""
+"""Load a pointer that rcu_assign_pointer published; the caller must be a reader of the RCU flavour that
+protects it."""
 
 atomic_read = READ_ONCE
 
@@ -103,14 +109,17 @@ def smp_store_mb(obj: Any, field: str, value: Any) -> None:
     smp_mb()
 
 
-# ------------------------------------------------------------------------------------------------ read-modify-write
+# ------------------------------------------------------------------------------------------ read-modify-write
 
 
 def rmw(obj: Any, field: str, update: Callable[[Any], Any], order: str = "full") -> Any:
-    """Atomically replace obj.field by update(old) and return old; an update that returns NO_STORE leaves it alone.
+    """Atomically replace obj.field by update(old) and return old; an update that returns NO_STORE leaves it
+    alone.
 
-    `update` must be a pure function of its argument. `order` is "full", "relaxed", "acquire" or "release". The operations below
-    are this one with a kernel name; use it directly for a kernel cmpxchg loop whose retries are not themselves of interest.
+    `update` must be a pure function of its argument. `order` is "full", "relaxed", "acquire" or "release".
+    The operations below
+    are this one with a kernel name; use it directly for a kernel cmpxchg loop whose retries are not
+    themselves of interest.
     """
     if _tracer is not None:
         return _tracer.rmw(obj, field, update, order)
@@ -149,7 +158,8 @@ def _cmpxchg(obj: Any, field: str, old: Any, new: Any, order: str) -> Any:
 
 
 def cmpxchg(obj: Any, field: str, old: Any, new: Any) -> Any:
-    """If obj.field == old, store `new` with a full barrier; return what was there. A failure orders nothing."""
+    """If obj.field == old, store `new` with a full barrier; return what was there. A failure orders
+    nothing."""
     return _cmpxchg(obj, field, old, new, "full")
 
 
@@ -294,20 +304,24 @@ test_bit.__test__ = test_and_set_bit.__test__ = test_and_clear_bit.__test__ = Fa
 
 def smp_mb() -> None:
     """Full barrier: everything before it is ordered before everything after it, on every CPU."""
-    # On real threads there is nothing to do: measured on x86-64, a slots store and a later slots load are not reordered, because
-    # the interpreter's store takes and drops a per-object lock (docs/limits.md says what that does not cover).
+    # On real threads there is nothing to do: measured on x86-64, a slots store and a later slots load are not
+    # reordered, because
+    # the interpreter's store takes and drops a per-object lock (docs/limits.md says what that does not
+    # cover).
     if _tracer is not None:
         _tracer.fence("mb")
 
 
 def smp_rmb() -> None:
-    """Loads before it are ordered before loads after it; pairs with smp_wmb, a release or a full barrier of the writer."""
+    """Loads before it are ordered before loads after it; pairs with smp_wmb, a release or a full barrier of
+    the writer."""
     if _tracer is not None:
         _tracer.fence("rmb")
 
 
 def smp_wmb() -> None:
-    """Stores before it are ordered before stores after it; pairs with smp_rmb, an acquire or a full barrier of the reader."""
+    """Stores before it are ordered before stores after it; pairs with smp_rmb, an acquire or a full barrier
+    of the reader."""
     if _tracer is not None:
         _tracer.fence("wmb")
 
@@ -335,7 +349,8 @@ def data_race[T](expression: Callable[[], T]) -> T:
 def cpu_relax() -> None:
     """End of one turn of a busy-wait loop.
 
-    Real threads give the processor away. A traced engine lets the task go on only once something it read in this turn may read
+    Real threads give the processor away. A traced engine lets the task go on only once something it read in
+    this turn may read
     differently, unless the turn had side effects.
     """
     if _tracer is None:

@@ -1,12 +1,15 @@
 """A seeded cooperative engine: one task runs at a time, and at every access a seeded choice says which.
 
-Models:      a machine with sequentially consistent memory and a scheduler that may preempt before every access
+Models:      a machine with sequentially consistent memory and a scheduler that may preempt before every
+             access
 Guards:      the baton: exactly one OS thread of a run is not parked
-Invariants:  O1 equal seed and equal program give an equal trace, O2 a run ends: done, deadlock, error or too many steps
+Invariants:  O1 equal seed and equal program give an equal trace, O2 a run ends: done, deadlock, error or too
+             many steps
 Leaves out:  weak memory, time (a timer may fire at any step after it was armed)
 Read next:   explore/, which chooses systematically instead of by seed
 
-It proves the seam: the model's code runs here unchanged. It is also the quickest way to shake a scenario in a test.
+It proves the seam: the model's code runs here unchanged. It is also the quickest way to shake a scenario in a
+test.
 """
 
 import random

@@ -2,10 +2,12 @@
 
 Models:      nothing in Linux; it stands where a CPU and its scheduler stand
 Guards:      one engine is installed at a time, for the whole process
-Invariants:  E1 after a traced run every class has its own slot descriptors back, E2 blocking goes through here only
+Invariants:  E1 after a traced run every class has its own slot descriptors back, E2 blocking goes through
+             here only
 Read next:   core/threads.py (real threads), core/coop.py (seeded cooperative), explore/ (exhaustive)
 
-Model code never calls an engine's memory operations: plain attributes and core/access.py do. What it does call are the blocking
+Model code never calls an engine's memory operations: plain attributes and core/access.py do. What it does
+call are the blocking
 and task functions at the end of this module; every lock in sync/ is made of those and of marked accesses.
 """
 
@@ -78,7 +80,8 @@ class Engine(ABC):
 
     @abstractmethod
     def run_later(self, func: Callable[[], None], delay: float, comm: str) -> None:
-        """Run `func` in a kernel worker's task, not before `delay` seconds (which an untimed engine counts as any time later)."""
+        """Run `func` in a kernel worker's task, not before `delay` seconds (which an untimed engine counts as
+        any time later)."""
 
     @abstractmethod
     def now(self) -> float:
@@ -116,7 +119,8 @@ class Tracer(Engine):
 
     @abstractmethod
     def rmw(self, obj: Any, field: str, update: Callable[[Any], Any], order: str) -> Any:
-        """Read-modify-write, "full", "relaxed", "acquire" or "release"; NO_STORE from update makes it a relaxed load."""
+        """Read-modify-write, "full", "relaxed", "acquire" or "release"; NO_STORE from update makes it a
+        relaxed load."""
 
     @abstractmethod
     def fence(self, kind: str) -> None:
@@ -145,7 +149,7 @@ class Tracer(Engine):
         """The task no longer holds it."""
 
 
-# ------------------------------------------------------------------------------------------------ installation
+# ----------------------------------------------------------------------------------------------- installation
 
 _engine: Engine | None = None
 
@@ -230,9 +234,11 @@ def _untrace_class(cls: type[Any]) -> None:
 
 @contextmanager
 def tracing() -> Iterator[None]:
-    """Replace the slot descriptors of every kernel_struct (also ones defined meanwhile) by traced ones; put them back at the end.
+    """Replace the slot descriptors of every kernel_struct (also ones defined meanwhile) by traced ones; put
+    them back at the end.
 
-    Costs about a microsecond per field, so an engine that runs many executions does it once around all of them.
+    Costs about a microsecond per field, so an engine that runs many executions does it once around all of
+    them.
     """
     for cls in struct.registered_structs():
         _trace_class(cls)
@@ -247,7 +253,8 @@ def tracing() -> Iterator[None]:
 
 @contextmanager
 def installed(new: Engine) -> Iterator[Engine]:
-    """Run the model on `new` inside the block. A Tracer also needs `tracing()` around it, and switches its events on itself."""
+    """Run the model on `new` inside the block. A Tracer also needs `tracing()` around it, and switches its
+    events on itself."""
     before = _engine
     if isinstance(before, Tracer):
         raise RuntimeError("a traced engine is already installed")
@@ -264,7 +271,8 @@ _initcalls: list[Callable[[], None]] = []
 
 
 def initcall[F: Callable[[], None]](func: F) -> F:
-    """Decorator: `func` sets up a room's global state (uprobes_tree, slab caches, ...). It runs now and at every boot()."""
+    """Decorator: `func` sets up a room's global state (uprobes_tree, slab caches, ...). It runs now and at
+    every boot()."""
     _initcalls.append(func)
     func()
     return func
@@ -280,11 +288,12 @@ def boot() -> None:
         func()
 
 
-# ------------------------------------------------------------------------------------------------ for model code
+# --------------------------------------------------------------------------------------------- for model code
 
 
 def set_current_state(state: int) -> None:
-    """Announce that current is about to sleep: a store and a full barrier, so that either the waker sees it or it sees the wake."""
+    """Announce that current is about to sleep: a store and a full barrier, so that either the waker sees it
+    or it sees the wake."""
     access.smp_store_mb(current(), "state", state)
 
 
@@ -305,7 +314,8 @@ def schedule_timeout(seconds: float) -> None:
 
 
 def wake_up_state(task: TaskStruct, mask: int) -> bool:
-    """If `task` sleeps in a state of `mask`, make it runnable; whether it was asleep. Full barrier before the state is read."""
+    """If `task` sleeps in a state of `mask`, make it runnable; whether it was asleep. Full barrier before the
+    state is read."""
     old = access.rmw(task, "state", lambda state: TASK_RUNNING if state & mask else access.NO_STORE)
     if old & mask:
         engine().kick(task)

@@ -1,8 +1,10 @@
 """Guards that can be taken away, to see what they were for.
 
-Models:      nothing in Linux; each guard named here is a line of kernel code (a barrier, a re-check, an inc-not-zero, a wait)
+Models:      nothing in Linux; each guard named here is a line of kernel code (a barrier, a re-check, an
+             inc-not-zero, a wait)
 Guards:      `removed` is replaced, never mutated; change it only while no task runs
-Invariants:  G1 a name is registered once, by the module whose line it removes; G2 an unknown name is an error, not a no-op
+Invariants:  G1 a name is registered once, by the module whose line it removes; G2 an unknown name is an
+             error, not a no-op
 Read next:   hazards/, where each of them has its counterexample
 """
 

@@ -2,7 +2,8 @@
 
 Models:      mm/slub.c poisoning (SLAB_POISON), kfree (7.2)
 Guards:      whoever frees an object owns it
-Invariants:  F1 an object is freed once per allocation, F2 a freed object's fields are POISON until it is allocated again
+Invariants:  F1 an object is freed once per allocation, F2 a freed object's fields are POISON until it is
+             allocated again
 Leaves out:  pages and their contents; slab/ has the caches
 Read next:   slab/kmem_cache.py
 """
@@ -49,7 +50,8 @@ def is_freed(obj: KernelObject) -> bool:
 
 
 def generation(obj: KernelObject) -> int:
-    """How many times the object was freed; a reader that sees it change held a pointer into another life of the object."""
+    """How many times the object was freed; a reader that sees it change held a pointer into another life of
+    the object."""
     return (obj._k_gen + 1) >> 1
 
 

@@ -2,7 +2,8 @@
 
 Models:      include/linux/lockdep.h, lock_acquire / lock_release / lockdep_assert_held; might_sleep()
 Guards:      a task's list is its own
-Invariants:  L1 a lock is released by the task that acquired it, L2 nothing sleeps inside an RCU reader or with preemption off
+Invariants:  L1 a lock is released by the task that acquired it, L2 nothing sleeps inside an RCU reader or
+             with preemption off
 Leaves out:  lock classes and the dependency graph (the explorer's lock-order oracle reads the same events)
 Read next:   core/engine.py
 """

@@ -2,7 +2,8 @@
 
 Models:      include/linux/percpu-defs.h, this_cpu_ptr / per_cpu_ptr / this_cpu_inc (7.2)
 Guards:      this_cpu_* operations are atomic with respect to other tasks of the same CPU
-Invariants:  C1 a task's CPU does not change (no migration: docs/limits.md), sums over all CPUs see every increment
+Invariants:  C1 a task's CPU does not change (no migration: docs/limits.md), sums over all CPUs see every
+             increment
 Leaves out:  hotplug, migration between this_cpu operations
 Read next:   rcu/srcu.py, its first user
 """

@@ -2,19 +2,24 @@
 
 Models:      nothing in Linux; it is the model's notion of "a struct in shared memory"
 Guards:      none; see each struct
-Invariants:  T1 a field outside the declaration cannot be set (slots), T2 two structs are equal only if identical
+Invariants:  T1 a field outside the declaration cannot be set (slots), T2 two structs are equal only if
+             identical
 Leaves out:  layout, alignment and cache lines (simulate/ adds those)
 Read next:   core/access.py, the accesses that carry a memory ordering
 
-A plain attribute read or write of a kernel_struct *is* the kernel's plain access. On the threads engine it costs nothing
-extra: the class has ordinary slots. A traced engine replaces the slot descriptors of every registered class by `TracedField`
+A plain attribute read or write of a kernel_struct *is* the kernel's plain access. On the threads engine it
+costs nothing
+extra: the class has ordinary slots. A traced engine replaces the slot descriptors of every registered class
+by `TracedField`
 for the length of a run, and puts them back.
 
 Four kinds of field:
     name: int = 0                             plain memory, watched
     name: int = atomic(default=0)             also the target of read-modify-write operations, watched
-    name: X = embedded(factory=X)             a struct inside this one: reading the attribute is address arithmetic, not a load
-    name: Any = untraced(default=None)        the model's own bookkeeping, or constant for the object's life: not watched
+    name: X = embedded(factory=X)             a struct inside this one: reading the attribute is address
+    arithmetic, not a load
+    name: Any = untraced(default=None)        the model's own bookkeeping, or constant for the object's life:
+    not watched
 """
 
 import sysconfig
@@ -42,7 +47,8 @@ def field(**kwargs: Any) -> Any:
 
 
 def atomic(*, default: Any = attrs.NOTHING) -> Any:
-    """A watched field that xchg, cmpxchg, atomic_* and refcount_* may change (atomic_t, refcount_t, hprobe state, ...)."""
+    """A watched field that xchg, cmpxchg, atomic_* and refcount_* may change (atomic_t, refcount_t, hprobe
+    state, ...)."""
     return attrs.field(default=default, metadata={"k": "atomic"})
 
 
@@ -93,14 +99,21 @@ if TYPE_CHECKING:
 else:
 
     class Struct(KernelObject):
+        """Base of structs that are few, or owned by one task."""
+
         __slots__ = ("_k_gen", "_k_id", "_k_lock")
 
     if FREE_THREADED:
-        # Free-threaded CPython 3.13 makes module objects immortal once a thread has started: reading a shared one moves no
-        # reference count between caches (measured: x1.94 with two readers, ordinary slots objects x1.2). The price: such an
-        # object is never freed, so only pooled structs may be of this kind; and it has a module's __dict__, so a misspelt
+        # Free-threaded CPython 3.13 makes module objects immortal once a thread has started: reading a shared
+        # one moves no
+        # reference count between caches (measured: x1.94 with two readers, ordinary slots objects x1.2). The
+        # price: such an
+        # object is never freed, so only pooled structs may be of this kind; and it has a module's __dict__,
+        # so a misspelt
         # field would be accepted: mypy, the traced engines and kmem_cache_free check what slots would have.
         class Pooled(KernelObject, types.ModuleType):
+            """Base of structs that many tasks read at once and that live in a kmem_cache pool."""
+
             __slots__ = ("_k_gen", "_k_id", "_k_lock")
 
             def __init__(self) -> None:
@@ -111,6 +124,8 @@ else:
     else:
 
         class Pooled(Struct):
+            """Base of structs that many tasks read at once and that live in a kmem_cache pool."""
+
             __slots__ = ()
 
 
@@ -136,9 +151,11 @@ def _pre_init_unlocked(self: Any) -> None:
 
 @dataclass_transform(eq_default=False, field_specifiers=(field, atomic, embedded, untraced, attrs.field))
 def kernel_struct[T: type[Any]](cls: T) -> T:
-    """Class decorator: declare a struct of the modelled kernel (see the module's text for the kinds of field).
+    """Class decorator: declare a struct of the modelled kernel (see the module's text for the kinds of
+    field).
 
-    The class must derive from `Struct` or `Pooled`, or from another kernel_struct: inheritance is "embedded at offset zero",
+    The class must derive from `Struct` or `Pooled`, or from another kernel_struct: inheritance is "embedded
+    at offset zero",
     so container_of() is the identity.
     """
     if not issubclass(cls, KernelObject):
@@ -184,7 +201,8 @@ def raw_set(obj: KernelObject, name: str, value: Any) -> None:
 def ptr(obj: KernelObject | None) -> int:
     """The address of a struct as a number: a key to compare, never to follow. NULL is 0.
 
-    On the threads engine this is the interpreter's id(); in a traced run it is derived from who created the object and when,
+    On the threads engine this is the interpreter's id(); in a traced run it is derived from who created the
+    object and when,
     so that it is the same in every execution.
     """
     if obj is None:
@@ -193,13 +211,14 @@ def ptr(obj: KernelObject | None) -> int:
     return id(obj) if stable is None else cast("int", stable)
 
 
-# ------------------------------------------------------------------------------------------------ ad-hoc structs
+# --------------------------------------------------------------------------------------------- ad-hoc structs
 
 _variable_classes: dict[tuple[str, ...], type[Any]] = {}
 
 
 def variables(**initial: Any) -> Any:
-    """An ad-hoc kernel_struct for experiments: `v = variables(x=0, y=0)` has the watched atomic fields x and y."""
+    """An ad-hoc kernel_struct for experiments: `v = variables(x=0, y=0)` has the watched atomic fields x and
+    y."""
     names = tuple(initial)
     cls = _variable_classes.get(names)
     if cls is None:
@@ -210,7 +229,7 @@ def variables(**initial: Any) -> Any:
     return cls(**initial)
 
 
-# ------------------------------------------------------------------------------------------------ shared integers
+# -------------------------------------------------------------------------------------------- shared integers
 
 _SHARED_INTS_MAX = 1 << 16
 _shared_ints: dict[int, int] = types.ModuleType("kmodel_shared_ints").__dict__  # type: ignore[assignment]
@@ -219,9 +238,12 @@ _shared_ints: dict[int, int] = types.ModuleType("kmodel_shared_ints").__dict__  
 def shared_int(value: int) -> int:
     """The same number, as an object that many threads can read without contending for its reference count.
 
-    On free-threaded 3.13 a constant of compiled code is immortal, an integer computed at run time is not: two threads that
-    read the same vm_start run four times slower than one. Addresses, page offsets and tree pivots pass through here where they
-    are stored. Bounded: after 65,536 different values numbers are returned as they are (correct, only slower to share).
+    On free-threaded 3.13 a constant of compiled code is immortal, an integer computed at run time is not: two
+    threads that
+    read the same vm_start run four times slower than one. Addresses, page offsets and tree pivots pass
+    through here where they
+    are stored. Bounded: after 65,536 different values numbers are returned as they are (correct, only slower
+    to share).
     """
     if not FREE_THREADED or -5 <= value <= 256:
         return value
@@ -235,7 +257,8 @@ def shared_int(value: int) -> int:
 
 
 def slots_are_clean(obj: KernelObject) -> bool:
-    """Whether no misspelt field was set on a pooled object (which, being a module object, would accept it)."""
+    """Whether no misspelt field was set on a pooled object (which, being a module object, would accept
+    it)."""
     return not getattr(obj, "__dict__", None)
 
 

@@ -6,7 +6,8 @@ Invariants:  K1 one OS thread runs at most one task, K2 a TaskStruct is created 
 Leaves out:  scheduling classes, credentials, files
 Read next:   core/lockdep.py
 
-K2 is for free-threaded CPython: a thread reads and writes objects that it created itself without touching shared reference
+K2 is for free-threaded CPython: a thread reads and writes objects that it created itself without touching
+shared reference
 counts (45 ns, scales x2.0), and the RCU read-side words live here.
 """
 
@@ -64,7 +65,8 @@ class TaskStruct(Struct):
         return f"<task {self.pid} {self.comm}>"
 
 
-# A module's dict is immortal on free-threaded 3.13, so looking a task up in it scales (measured x1.92; threading.local x0.56).
+# A module's dict is immortal on free-threaded 3.13, so looking a task up in it scales (measured x1.92;
+# threading.local x0.56).
 _tasks_by_thread: dict[int, TaskStruct] = types.ModuleType("kmodel_tasks").__dict__  # type: ignore[assignment]
 _tasks_by_thread.clear()
 _pids = itertools.count(1)
@@ -72,7 +74,8 @@ NR_CPUS = 64
 
 
 def current() -> TaskStruct:
-    """The task that the calling OS thread runs; a thread the model has not seen before becomes a task of its own."""
+    """The task that the calling OS thread runs; a thread the model has not seen before becomes a task of its
+    own."""
     try:
         return _tasks_by_thread[get_ident()]
     except KeyError:

@@ -2,7 +2,8 @@
 
 Models:      a machine
 Guards:      `_lock` for the list of tasks and the timer heap
-Invariants:  H1 what a task raises reaches whoever joins it, H2 no worker outlives the process's wish to end (all are daemons)
+Invariants:  H1 what a task raises reaches whoever joins it, H2 no worker outlives the process's wish to end
+             (all are daemons)
 Leaves out:  any control over interleaving; a seed fixes what tasks decide, not how the system schedules them
 Read next:   core/coop.py, the same seam with the scheduling under control
 """
@@ -46,7 +47,7 @@ class ThreadsEngine(Engine):
         self._heap: list[tuple[float, int, Callable[[], None], str]] = []
         self._order = itertools.count()
         self._timer_wake = threading.Event()
-        self._workers_started = False
+        self._workers_started = threading.Event()
         self.worker_errors: list[BaseException] = []
 
     # -- tasks
@@ -68,7 +69,7 @@ class ThreadsEngine(Engine):
                 func(*args)
             except SystemExit:
                 pass
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001  # raised again by join()
                 errors.append(error)
                 if daemon:
                     self.worker_errors.append(error)
@@ -154,12 +155,12 @@ class ThreadsEngine(Engine):
         self._timer_wake.set()
 
     def _start_workers(self) -> None:
-        if self._workers_started:
+        if self._workers_started.is_set():
             return
         with self._lock:
-            if self._workers_started:
+            if self._workers_started.is_set():
                 return
-            self._workers_started = True
+            self._workers_started.set()
         for n in range(_WORKERS):
             self.spawn(self._worker, (), f"kworker/{n}", True)
         self.spawn(self._timekeeper, (), "ktimers/0", True)
@@ -191,5 +192,6 @@ class ThreadsEngine(Engine):
         return time.monotonic()
 
     def default_task_count(self) -> int:
-        """How many tasks a stress run uses if nobody says: one per processor, at least four, so that they interleave."""
+        """How many tasks a stress run uses if nobody says: one per processor, at least four, so that they
+        interleave."""
         return max(4, os.cpu_count() or 1)

@@ -2,6 +2,7 @@
 
 import gc
 import sys
+from typing import Any
 
 import pytest
 
@@ -130,7 +131,7 @@ def test_raw_access_reads_and_writes_fields() -> None:
 
 def test_kfree_poisons_and_counts() -> None:
     """After kfree every use of a field is loud and the generation has moved."""
-    outer = Outer(plain=3)
+    outer: Any = Outer(plain=3)
     kfree(outer)
 
     assert is_freed(outer)
