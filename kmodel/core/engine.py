@@ -210,9 +210,18 @@ def _traced_init(cls: type[Any]) -> Callable[..., None]:
             original(self, *args, **kwargs)
         finally:
             access._tracer = tracer
-        tracer.constructed(self)
+        announce(self)
 
     return __init__
+
+
+def announce(obj: Any) -> None:
+    """Tell the traced engine, if there is one, that `obj` and the structs embedded in it are new."""
+    tracer = access._tracer
+    if tracer is not None:
+        tracer.constructed(obj)
+        for name in obj.__k_embedded__:
+            announce(getattr(obj, name))
 
 
 def _trace_class(cls: type[Any]) -> None:

@@ -76,7 +76,15 @@ def poison(obj: KernelObject) -> None:
         raw_set(obj, name, POISON)
 
 
-def kfree(obj: KernelObject) -> None:
-    """Free an object that came from no kmem_cache: count it and poison it. Freeing twice is a KernelBug."""
+def kfree(obj: KernelObject | None) -> None:
+    """Give an object back to the slab it came from; one that came from none is counted and poisoned.
+
+    Freeing twice is a KernelBug; kfree(NULL) does nothing.
+    """
+    if obj is None:
+        return
+    if obj._k_slab is not None:
+        obj._k_slab.kfree(obj)
+        return
     mark_freed(obj)
     poison(obj)

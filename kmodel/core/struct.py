@@ -77,12 +77,14 @@ class KernelObject:
 
     # Filled in by kernel_struct for each class:
     __k_slots__: ClassVar[dict[str, Any]] = {}  # watched field -> original slot descriptor
+    __k_embedded__: ClassVar[tuple[str, ...]] = ()  # fields that are structs by value
     __k_atomic__: ClassVar[frozenset[str]] = (
         frozenset()
     )  # fields that read-modify-write operations may change
     _k_lock: Any  # makes read-modify-write operations on this object atomic (threads engine)
     _k_id: Any  # stable name of this object within one traced run
     _k_gen: int  # how often it was allocated and freed: even is live, odd is freed
+    _k_slab: Any  # the slab it was allocated from, or None; kfree() gives it back there
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {hex(ptr(self))}>"
@@ -101,7 +103,7 @@ else:
     class Struct(KernelObject):
         """Base of structs that are few, or owned by one task."""
 
-        __slots__ = ("_k_gen", "_k_id", "_k_lock")
+        __slots__ = ("_k_gen", "_k_id", "_k_lock", "_k_slab")
 
     if FREE_THREADED:
         # Free-threaded CPython 3.13 makes module objects immortal once a thread has started: reading a shared
@@ -114,7 +116,7 @@ else:
         class Pooled(KernelObject, types.ModuleType):
             """Base of structs that many tasks read at once and that live in a kmem_cache pool."""
 
-            __slots__ = ("_k_gen", "_k_id", "_k_lock")
+            __slots__ = ("_k_gen", "_k_id", "_k_lock", "_k_slab")
 
             def __init__(self) -> None:
                 pass
@@ -141,12 +143,14 @@ def registered_structs() -> tuple[type[KernelObject], ...]:
 def _pre_init(self: Any) -> None:
     self._k_id = None
     self._k_gen = 0
+    self._k_slab = None
     self._k_lock = threading.Lock()
 
 
 def _pre_init_unlocked(self: Any) -> None:
     self._k_id = None
     self._k_gen = 0
+    self._k_slab = None
 
 
 @dataclass_transform(eq_default=False, field_specifiers=(field, atomic, embedded, untraced, attrs.field))
@@ -177,6 +181,9 @@ def kernel_struct[T: type[Any]](cls: T) -> T:
             slots[name] = built.__dict__[name]
     built.__k_slots__ = slots
     built.__k_atomic__ = frozenset(atomics)
+    built.__k_embedded__ = tuple(
+        f.name for f in attrs.fields(cast("Any", built)) if f.metadata.get("k") == "embedded"
+    )
     _registry.append(built)
     if _registry_hook is not None:
         _registry_hook(built)
