@@ -42,14 +42,19 @@ lock() {
 
 # --- is it done already? ---------------------------------------------------------------------------------------------
 
-# The venv depends on these files and, through its scripts and the editable install, on where the tree lies.
-key() { { pwd; cat "${INPUTS[@]}"; } | sha256sum | cut -d ' ' -f 1; }
+# The stamp has three lines: what the venv was installed from, its interpreter, and where the tree lay, which a venv's
+# scripts and the editable install spell out.
+stamped_key= stamped_python= stamped_home=
+
+read_stamp() {
+    stamped_key= stamped_python= stamped_home=
+    [ -f "$STAMP" ] && { read -r stamped_key && read -r stamped_python && read -r stamped_home; } <"$STAMP"
+}
+
+key() { cat "${INPUTS[@]}" | sha256sum | cut -d ' ' -f 1; }
 
 ready() {
-    local stamped_key stamped_python
-    [ -f "$STAMP" ] || return 1
-    { read -r stamped_key && read -r stamped_python; } <"$STAMP" || return 1
-    [ "$stamped_key" = "$(key)" ] || return 1
+    read_stamp && [ "$stamped_home" = "$PWD" ] && [ "$stamped_key" = "$(key)" ] || return 1
     .venv/bin/python -I -S -c '' 2>/dev/null || return 1
     [ -z "${KMODEL_PYTHON:-}" ] || { probe "$KMODEL_PYTHON" && [ "$python" = "$stamped_python" ]; }
 }
@@ -65,9 +70,9 @@ PROBE='
 import sys
 if sys.version_info < (3, 13) or sys.implementation.name != "cpython":
     sys.exit("it is %s %d.%d, not CPython 3.13 or newer" % ((sys.implementation.name,) + tuple(sys.version_info[:2])))
-import ctypes, ensurepip, ssl, sysconfig, venv, zlib
+import ctypes, ensurepip, os, ssl, sysconfig, venv, zlib
 kind = "free-threaded" if sysconfig.get_config_var("Py_GIL_DISABLED") else "GIL"
-print("%s|%d.%d.%d|%s" % ((kind,) + tuple(sys.version_info[:3]) + (sys._base_executable,)))
+print("%s|%d.%d.%d|%s" % ((kind,) + tuple(sys.version_info[:3]) + (os.path.realpath(sys._base_executable),)))
 '
 
 # Set python, kind and version from the command $1, or fail with a reason.
@@ -77,7 +82,7 @@ probe() {
         reason="there is no such command"
     elif ! answer=$("$1" -I -c "$PROBE" 2>&1 </dev/null); then
         reason=${answer##*$'\n'}
-        reason=${reason:-it does not start}
+        [[ -n $reason && ${#reason} -le 200 ]] || reason="it does not start as a Python"
     elif [[ $answer != *'|'*'|'/* ]]; then
         reason="it does not answer like a Python"
     else
@@ -243,6 +248,7 @@ fetch_source() {
 # Run make in the background and show how far it is: one live line on a terminal, a line per quarter elsewhere.
 make_with_progress() {
     local total compiled percent shown=0 status=0
+    : >"$work/make.log"
     total=$(make -n 2>/dev/null | grep -c -- ' -c ' || true)
     nice make -j "$(nproc)" >"$work/make.log" 2>&1 </dev/null &
     building=$!
@@ -323,13 +329,13 @@ from_source() {
 
 # --- the venv --------------------------------------------------------------------------------------------------------
 
-# Write .venv. One that was complete for the same interpreter is brought up to date, anything else is made anew.
+# Write .venv. One that was complete for this interpreter and place is brought up to date, any other is made anew.
 make_venv() {
-    local stamped_python= new_key
+    local new_key
     new_key=$(key)
-    [ ! -f "$STAMP" ] || stamped_python=$(sed -n 2p "$STAMP")
+    read_stamp || true
     rm -f "$STAMP"
-    if [ "$stamped_python" != "$python" ] || ! .venv/bin/python -I -m pip --version >/dev/null 2>&1; then
+    if [ "$stamped_python" != "$python" ] || [ "$stamped_home" != "$PWD" ] || ! .venv/bin/python -I -m pip --version >/dev/null 2>&1; then
         say "creating .venv with $kind CPython $version"
         rm -rf .venv
         "$python" -I -m venv .venv >/dev/null || die "$python cannot create .venv"
@@ -337,10 +343,10 @@ make_venv() {
     say "installing the Python packages into .venv"
     if ! .venv/bin/python -I -m pip install --quiet --no-input --disable-pip-version-check --only-binary :all: \
         --constraint tools/constraints.txt --editable '.[test,dev,bench]' >.venv/pip.log 2>&1 </dev/null; then
-        reason=$(grep -m 1 '^ERROR: ' .venv/pip.log || tail -n 1 .venv/pip.log)
+        reason=$(grep -m 1 -o 'ERROR: .*' .venv/pip.log || tail -n 1 .venv/pip.log)
         die "pip cannot install the packages (${reason#ERROR: }); check the network and pip's index settings"
     fi
-    printf '%s\n' "$new_key" "$python" >"$STAMP.new"
+    printf '%s\n' "$new_key" "$python" "$PWD" >"$STAMP.new"
     mv "$STAMP.new" "$STAMP"
     say "ready: .venv with $kind CPython $version"
 }
