@@ -14,6 +14,9 @@ from contextlib import contextmanager
 removed: frozenset[str] = frozenset()
 """The guards that are switched off now."""
 
+any_removed = False
+"""Whether there are any: for hot lines, where tasks that read the set itself contend for its refcount."""
+
 _known: dict[str, str] = {}
 
 
@@ -32,13 +35,15 @@ def known_guards() -> dict[str, str]:
 @contextmanager
 def without(*names: str) -> Iterator[None]:
     """Run the block with these guards removed. ValueError for a name nobody registered."""
-    global removed
+    global removed, any_removed
     unknown = [name for name in names if name not in _known]
     if unknown:
         raise ValueError(f"unknown guard {unknown[0]!r}; known: {', '.join(known_guards())}")
     before = removed
     removed = before | set(names)
+    any_removed = bool(removed)
     try:
         yield
     finally:
         removed = before
+        any_removed = bool(removed)
