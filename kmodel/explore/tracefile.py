@@ -142,7 +142,7 @@ class TraceError(ValueError):
     """A file that is not a usable trace; the text says why, in one line."""
 
 
-# What must be there, and of which type: (path, type). A trace has come from a file, so nothing is taken for granted.
+# What must be there, and of which type. A trace has come from a file, so nothing is taken for granted.
 _REQUIRED: tuple[tuple[str, type], ...] = (
     ("scenario", str),
     ("memory", str),
