@@ -124,9 +124,8 @@ class Words:
         if violation is not None:
             said += [r["text"] for r in violation.get("related", []) if r["step"] == step["n"]]
             if violation.get("step") == step["n"]:
-                said.append(
-                    f"Here it breaks: {violation_name(violation['kind'])}. {_sentence(violation['message'])}"
-                )
+                name, message = violation_name(violation["kind"]), violation["message"].rstrip(".")
+                said.append(f"Here it breaks ({name}): {message}.")
         return said
 
     def _what(self, step: Step) -> list[str]:
