@@ -1,0 +1,66 @@
+"""The `kmodel` command: picks the subcommand, and answers for what any of them may run into.
+
+Models:      nothing in Linux
+Guards:      none
+Invariants:  exit status 0 means clean, 1 a violation, 2 bad usage, 130 given up by a second Ctrl-C
+Leaves out:  the subcommands; each is a module with `add_parser(subparsers)`, whose parser's default `run` is called
+Read next:   cli/stress.py
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import kmodel
+from kmodel.cli import guards, stress
+
+COMMANDS = (stress, guards)
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+class UsageError(Exception):
+    """The command line, or what it names, cannot be used; the text is for the user."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: {message}\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command."""
+    parser = Parser(
+        prog="kmodel",
+        description="The Linux kernel's lockless uprobe lookup and per-VMA locking, as a program you can run and break.",
+    )
+    parser.add_argument("--version", action="version", version=f"kmodel {kmodel.__version__}")
+    subparsers: Any = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, parser_class=Parser
+    )
+    for command in COMMANDS:
+        command.add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit status. What no subcommand expects shows its traceback."""
+    try:
+        arguments = build_parser().parse_args(argv)
+        status = int(arguments.run(arguments))
+        sys.stdout.flush()
+        return status
+    except stress.BadUsage as error:
+        print(f"kmodel {arguments.command}: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has gone. Nothing more may be written, not even by the interpreter's flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_INTERRUPTED

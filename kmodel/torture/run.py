@@ -1,0 +1,309 @@
+"""A run from beginning to end: build the scene, start the tasks, watch them, stop them, and balance the books.
+
+Models:      nothing in Linux
+Guards:      the main thread runs everything here except task_body
+Invariants:  B1 what was allocated during a run is free after it, B2 a task that makes no progress is a violation
+Leaves out:  nothing
+Read next:   torture/report.py
+
+The guards named in `removed_guards` are away from before the first task starts until after the last has ended.
+"""
+
+import contextlib
+import platform
+import random
+import shlex
+import sys
+import time
+import traceback
+
+import attrs
+
+from kmodel.core import (
+    KernelBug,
+    TaskStruct,
+    UseAfterFree,
+    current,
+    engine,
+    gil_enabled,
+    guards,
+    kernel_warnings,
+    kthread_run,
+)
+from kmodel.torture import build
+from kmodel.torture.oracle import Oracle, TaskLog, Violated
+from kmodel.torture.report import Report
+from kmodel.torture.roles import ROLES, roles_of
+from kmodel.torture.tasks import pause_in_handler
+from kmodel.torture.world import Member, World
+
+STALL_SECONDS = 20.0
+STOP_SECONDS = 20.0
+STOP_SECONDS_AFTER_VIOLATION = 2.0
+
+
+class BadUsage(ValueError):
+    """The run cannot be made as asked; the text is one line for the user."""
+
+
+@attrs.frozen
+class Config:
+    """What the user asked for."""
+
+    seed: int
+    threads: int
+    seconds: float
+    pid: int | None = None
+    maps: str | None = None
+    probes: tuple[str, ...] = ()
+    removed_guards: tuple[str, ...] = ()
+
+
+@attrs.frozen
+class Progress:
+    """The state of a run at one moment, for showing."""
+
+    seed: int
+    threads: int
+    seconds: float
+    elapsed: float
+    stage: str
+    counts: dict[str, int]
+    violations: int
+
+
+def default_threads() -> int:
+    """One for each kind of task, or one per processor if there are more of those."""
+    return max(len(ROLES), engine().default_task_count())
+
+
+class Torture:
+    """One run."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.started = False
+        self.source = ""
+        self._oracle = Oracle()
+        self._world: World | None = None
+        self._tasks: list[TaskStruct] = []
+        self._beats: dict[str, tuple[int, float]] = {}
+        self._stack = contextlib.ExitStack()
+        self._began = 0.0
+        self._ended = 0.0
+        self._stage = "starting"
+        self._ledger: dict[str, int] = {}
+        self._facts: list[str] = []
+
+    @property
+    def world(self) -> World:
+        """The scene; only after prepare()."""
+        assert self._world is not None
+        return self._world
+
+    # -- before
+
+    def prepare(self) -> None:
+        """Load the address space, choose probes and register those that stay. BadUsage if that cannot be done."""
+        try:
+            self._stack.enter_context(guards.without(*self.config.removed_guards))
+            scene = build.build(self.config, self._oracle, self._stack)
+        except BaseException as error:
+            self._stack.close()
+            if isinstance(error, build.Unusable):
+                raise BadUsage(str(error)) from error
+            raise
+        self._world, self.source, self._facts = scene.world, scene.title, scene.facts
+
+    def describe(self) -> list[str]:
+        """What was prepared, as lines for people."""
+        return list(self._facts)
+
+    def again(self) -> str:
+        """The command line that repeats this run."""
+        c = self.config
+        words = [
+            "kmodel",
+            "stress",
+            "--seed",
+            str(c.seed),
+            "--threads",
+            str(c.threads),
+            "--seconds",
+            f"{c.seconds:g}",
+        ]
+        words += ["--pid", str(c.pid)] if c.pid is not None else []
+        words += ["--maps", c.maps] if c.maps is not None else []
+        for probe in c.probes:
+            words += ["--probe", probe]
+        for name in c.removed_guards:
+            words += ["--break", name]
+        return shlex.join(words)
+
+    # -- during
+
+    def start(self) -> None:
+        """Start every task, then let them all go at once."""
+        self._oracle.started = self._oracle.now()
+        count = self.config.threads
+        self._tasks = [
+            kthread_run(task_body, self, n, count, comm=f"torture/{n}", daemon=False) for n in range(count)
+        ]
+        deadline = time.monotonic() + STOP_SECONDS
+        while len(self._oracle.logs) < count and time.monotonic() < deadline:
+            time.sleep(0.001)
+        self._began = self._ended = time.monotonic()
+        self._oracle.started = self._oracle.now()
+        self.started = True
+        self._stage = "running"
+        for log in list(self._oracle.logs):
+            log.go = True
+
+    def running(self) -> bool:
+        """Whether the time is not up and nothing is wrong yet."""
+        if self._oracle.violations:
+            return False
+        return time.monotonic() - self._began < self.config.seconds
+
+    def poll(self) -> Progress:
+        """Look at the tasks, also for stalls, and say how far they are."""
+        self._look_for_stalls()
+        self._look_for_warnings()
+        elapsed = (time.monotonic() if self.started else self._began) - self._began
+        return Progress(
+            seed=self.config.seed,
+            threads=self.config.threads,
+            seconds=self.config.seconds,
+            elapsed=elapsed,
+            stage=self._stage,
+            counts=self._oracle.totals(),
+            violations=len(self._oracle.violations),
+        )
+
+    def _look_for_stalls(self) -> None:
+        now = time.monotonic()
+        for log in list(self._oracle.logs):
+            beat, since = self._beats.get(log.name, (-1, now))
+            if log.beat != beat or log.ended:
+                self._beats[log.name] = (log.beat, now)
+            elif now - since > STALL_SECONDS and not self._oracle.violations:
+                self._oracle.report(
+                    log,
+                    "P5 (no stall)",
+                    f"{log.name} made no progress for {now - since:.0f} s",
+                    self.stacks(),
+                )
+
+    def _look_for_warnings(self) -> None:
+        if self._oracle.violations:
+            return
+        for warning in kernel_warnings():
+            times = f" ({warning.count} times)" if warning.count > 1 else ""
+            self._oracle.report(
+                None, "no kernel warning", f"WARNING: {warning.message} at {warning.where}{times}"
+            )
+        errors = getattr(engine(), "worker_errors", [])
+        for error in errors:
+            self._oracle.crashed(None, "no error in a kernel worker", error)
+
+    def stacks(self) -> list[str]:
+        """Where every task of the machine is and what it holds."""
+        frames = sys._current_frames()
+        lines = []
+        for task in engine().tasks():
+            held = ", ".join(f"{lock!r} ({how})" for lock, how in list(task.held_locks))
+            lines.append(f"{task!r} holds {held or 'nothing'}")
+            frame = frames.get(task.thread_ident)
+            if frame is not None:
+                shown = traceback.extract_stack(frame)[-6:]
+                lines += [f"    {f.filename.rpartition('/kmodel/')[2]}:{f.lineno} {f.name}" for f in shown]
+        return lines
+
+    # -- after
+
+    def finish(self, *, interrupted: bool) -> Report:
+        """Stop the tasks, check that the books balance, and report."""
+        self._ended = time.monotonic()
+        self._stage = "stopping"
+        stopped = self._stop()
+        counts = self._oracle.totals()
+        if stopped and not self._oracle.violations:
+            self._stage = "balancing"
+            try:
+                self._ledger = build.tear_down(self.world)
+            except KernelBug as error:
+                self._oracle.crashed(None, "B1 (the end of the run)", error)
+            for what, left in self._ledger.items():
+                if left:
+                    self._oracle.report(None, "B1 (ledgers balance)", f"{what}: {left} left over at the end")
+        self._look_for_warnings()
+        self._stack.close()
+        world = self.world
+        return Report(
+            seed=self.config.seed,
+            threads=self.config.threads,
+            seconds=self.config.seconds,
+            elapsed=self._ended - self._began,
+            source=self.source,
+            python=platform.python_version(),
+            parallel=not gil_enabled(),
+            removed_guards=self.config.removed_guards,
+            probes={
+                "permanent": len(world.permanent),
+                "churned": len(world.churned),
+                "contested": sum(len(group) for group in world.contested),
+            },
+            counts=counts,
+            ledger=self._ledger,
+            violations=tuple(self._oracle.violations),
+            violations_not_shown=self._oracle.suppressed,
+            interrupted=interrupted,
+        )
+
+    def _stop(self) -> bool:
+        for log in list(self._oracle.logs):
+            log.go = log.stop = True
+        patience = STOP_SECONDS_AFTER_VIOLATION if self._oracle.violations else STOP_SECONDS
+        deadline = time.monotonic() + patience
+        left = [t for t in self._tasks if not engine().join(t, max(0.0, deadline - time.monotonic()))]
+        if left and not self._oracle.violations:
+            self._oracle.report(
+                None,
+                "P5 (no stall)",
+                f"{len(left)} tasks did not end within {patience:g} s: {', '.join(map(repr, left))}",
+                self.stacks(),
+            )
+        return not left
+
+
+def task_body(torture: Torture, n: int, count: int) -> None:
+    """What each task runs."""
+    world, config = torture.world, torture.config
+    roles = roles_of(n, count)
+    log = TaskLog(f"{'+'.join(role.name for role in roles)}/{n}")
+    rng = random.Random(f"{config.seed}/{n}")
+    process = world.processes[n // 2 % len(world.processes)]
+    task = current()
+    me = Member(world, process, log, task, rng, pause_in_handler)
+    task.mm = process.mm
+    task.local["torture"] = me
+    world.oracle.logs.append(log)
+    while not log.go:
+        time.sleep(0.001)
+    try:
+        work = [role(me, rng) for role in roles]
+        while not log.stop:
+            log.beat += 1
+            (work[0] if len(work) == 1 else rng.choice(work)).step()
+        for one in work:
+            one.finish()
+    except Violated:
+        pass
+    except UseAfterFree as error:
+        world.oracle.crashed(log, "P6, H08 (nothing freed is used)", error)
+    except KernelBug as error:
+        world.oracle.crashed(log, "no kernel bug", error)
+    except Exception as error:  # noqa: BLE001  # whatever it is, the run is not clean and says why
+        world.oracle.crashed(log, "no error in the model", error)
+    finally:
+        log.ended = True

@@ -1,0 +1,113 @@
+"""The scene of a run: address spaces, files, probes, contested slots.
+
+Models:      nothing in Linux
+Guards:      built before any task starts; constant afterwards, except each slot's journal
+Invariants:  O1 a permanent target is mapped and registered from before the first task starts until after the last
+             has ended
+Leaves out:  nothing
+Read next:   torture/watch.py
+"""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+
+from kmodel.core import TaskStruct, kernel_struct, untraced
+from kmodel.torture.journal import Slot
+from kmodel.torture.oracle import Oracle, TaskLog, name_of
+from kmodel.torture.probes import Probe
+from kmodel.uprobes import UprobeConsumer
+
+
+@kernel_struct
+class TortureConsumer(UprobeConsumer):
+    """A consumer that knows which place it was registered for, and whether it may still be called."""
+
+    place: Any = untraced(default=None, init=False)
+    label: str = untraced(default="", init=False)
+    # set after uprobe_unregister_sync() returned, before the consumer is freed
+    unregistered: bool = untraced(default=False, init=False)
+
+
+@attrs.define(eq=False)
+class Key:
+    """A place to probe, in the model: an inode and an offset."""
+
+    probe: Probe
+    inode: Any
+    offset: int
+    # of permanent keys: the registration
+    uprobe: Any = None
+    consumer: Any = None
+
+    @property
+    def place(self) -> tuple[Any, int]:
+        """What a lookup must come to."""
+        return (self.inode, self.offset)
+
+
+@attrs.define(eq=False)
+class Process:
+    """One address space under torture, and which of its addresses are what."""
+
+    name: str
+    mm: Any
+    # address -> key, for addresses whose mapping never changes
+    permanent: dict[int, Key] = attrs.field(factory=dict)
+    churned: dict[int, Key] = attrs.field(factory=dict)
+    # address -> history, for those whose mapping does
+    slots: dict[int, Slot] = attrs.field(factory=dict)
+
+
+@attrs.define(eq=False)
+class World:
+    """Everything the tasks share."""
+
+    oracle: Oracle
+    processes: list[Process] = attrs.field(factory=list)
+    permanent: list[Key] = attrs.field(factory=list)
+    contested: list[list[Key]] = attrs.field(factory=list)
+    churned: list[Key] = attrs.field(factory=list)
+    # every file of the address spaces: path -> inode, and names for showing
+    inodes: dict[str, Any] = attrs.field(factory=dict)
+    labels: dict[Any, str] = attrs.field(factory=dict)
+    inode_names: dict[Any, str] = attrs.field(factory=dict)
+
+    def label(self, inode: Any, offset: int) -> str:
+        """A place in words."""
+        known = self.labels.get((inode, offset))
+        return known if known is not None else f"{self.inode_name(inode)}+{offset:#x}"
+
+    def inode_name(self, inode: Any) -> str:
+        """A file in words."""
+        return "NULL" if inode is None else self.inode_names.get(inode, name_of(inode))
+
+
+class Member:
+    """What one task of the torture has at hand: `current().local["torture"]`. Made by the task itself."""
+
+    def __init__(
+        self,
+        world: World,
+        process: Process,
+        log: TaskLog,
+        task: TaskStruct,
+        rng: random.Random,
+        pause: Callable[["Member"], None],
+    ) -> None:
+        self.world = world
+        self.process = process
+        self.oracle = world.oracle
+        self.log = log
+        self.task = task
+        self.rng = rng
+        # called inside handlers, which may sleep
+        self.pause = pause
+        # the hit being handled: set before it, read by the handlers it reaches
+        self.hit_address = 0
+        self.hit_seq = 0
+        self.hit_calls = 0
+        # what the system call being made will do to a contested address
+        self.intent: Any = None
