@@ -41,6 +41,7 @@ from kmodel.core import (
     untraced,
 )
 from kmodel.core import access as core_access
+from kmodel.rcu import rcu_barrier
 from kmodel.slab import failslab
 from kmodel.slab import options as slab_opts
 from kmodel.slab.contents import FREEPTR, poison_contents, set_freepointer, zero
@@ -392,8 +393,6 @@ def kmem_cache_destroy(cache: KmemCache) -> bool:
     if WARN(cache.slabs, f"kmem_cache_destroy {cache.name}: objects remain"):
         return False
     if cache.limbo:
-        from kmodel.rcu import rcu_barrier
-
         rcu_barrier()
     with _state._k_lock:
         del _state.caches[cache.name]

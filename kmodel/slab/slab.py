@@ -17,6 +17,7 @@ from typing import Any
 from kmodel.core import Pooled, engine, guards, kernel_struct, untraced
 from kmodel.core import access as core_access
 from kmodel.core.engine import announce
+from kmodel.rcu import call_rcu
 from kmodel.slab.contents import poison_contents, zero, zero_unseen
 
 TYPESAFE_GRACE_PERIOD = guards.register(
@@ -134,8 +135,6 @@ def discard_slab(slab: Slab) -> None:
     """Give an unlinked slab back: at once, or for a type-safe cache after a grace period."""
     head = RcuSlab(slab)
     if slab.cache.typesafe_by_rcu and TYPESAFE_GRACE_PERIOD not in guards.removed:
-        from kmodel.rcu import call_rcu
-
         call_rcu(head, rcu_free_slab)
     else:
         rcu_free_slab(head)
