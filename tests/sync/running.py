@@ -3,14 +3,22 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from kmodel.core import CoopEngine, TaskStruct, engine, kthread_run
+from kmodel.core import CoopEngine, TaskStruct, atomic_inc, cpu_relax, engine, kthread_run, variables
 
 SEEDS = range(50)
 
 
 def on_threads(state: Any, threads: Sequence[Callable[[Any], Any]], timeout: float = 20.0) -> Any:
-    """Start every thread(state) on a thread of its own, wait for all of them, return the state."""
-    join_all([kthread_run(func, state, comm=func.__name__, daemon=False) for func in threads], timeout)
+    """Run every thread(state) on a thread of its own, all started together; return the state."""
+    gate = variables(here=0)
+
+    def start(func: Callable[[Any], Any]) -> None:
+        atomic_inc(gate, "here")
+        while gate.here < len(threads):
+            cpu_relax()
+        func(state)
+
+    join_all([kthread_run(start, func, comm=func.__name__, daemon=False) for func in threads], timeout)
     return state
 
 
@@ -30,8 +38,29 @@ def under_seeds(
     return [CoopEngine(seed).run(setup, threads, final) for seed in seeds]
 
 
+def failures(
+    setup: Callable[[], Any],
+    threads: Sequence[Callable[[Any], Any]],
+    final: Callable[[Any], Any] | None = None,
+    seeds: Iterable[int] = SEEDS,
+) -> set[type[BaseException]]:
+    """The kinds of failure that the scenario shows under these seeds."""
+    kinds: set[type[BaseException]] = set()
+    for seed in seeds:
+        try:
+            CoopEngine(seed).run(setup, threads, final)
+        except AssertionError as error:
+            kinds.add(type(error))
+    return kinds
+
+
 def trace_of(seed: int, setup: Callable[[], Any], threads: Sequence[Callable[[Any], Any]]) -> list[Any]:
     """The trace of one cooperative run."""
     cooperative = CoopEngine(seed)
     cooperative.run(setup, threads)
     return cooperative.trace
+
+
+def kinds_of(trace: Iterable[Any]) -> list[str]:
+    """What happened in a trace, without the where and the value."""
+    return [step.kind for step in trace]
