@@ -72,6 +72,17 @@ def zero_unseen(obj: Any) -> None:
         zero_unseen(getattr(obj, name))
 
 
+def build_unseen(cls: type[Any]) -> Any:
+    """An object of the allocator's own, which no engine names: whether it had to be built depends on
+    earlier boots.
+    """
+    tracer, core_access._tracer = core_access._tracer, None
+    try:
+        return cls()
+    finally:
+        core_access._tracer = tracer
+
+
 def zero(obj: Any, *, readers: bool) -> None:
     """memset(obj, 0): give every field its declared value. `readers`: lockless ones may look on (type-safe
     caches).

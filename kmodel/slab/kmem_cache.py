@@ -41,10 +41,11 @@ from kmodel.core import (
     untraced,
 )
 from kmodel.core import access as core_access
+from kmodel.core.engine import announce
 from kmodel.rcu import rcu_barrier
 from kmodel.slab import failslab
 from kmodel.slab import options as slab_opts
-from kmodel.slab.contents import FREEPTR, poison_contents, set_freepointer, zero
+from kmodel.slab.contents import FREEPTR, build_unseen, poison_contents, set_freepointer, zero
 from kmodel.slab.slab import (
     Slab,
     discard_slab,
@@ -163,13 +164,16 @@ def kmem_cache_create(
     unknown = set(freeptr_fields) - set(cls.__k_slots__)
     if unknown:
         raise TypeError(f"{name}: {cls.__name__} has no watched field {sorted(unknown)[0]!r}")
+    needed = [f.name for f in attrs.fields(cls) if f.init and f.default is attrs.NOTHING]
+    if needed:
+        raise TypeError(f"{name}: {cls.__name__}() cannot be built, it wants a value for {needed[0]!r}")
     opts = slab_opts.options
     with _state._k_lock:
         if name in _state.caches:
             raise KernelBug(f"kmem_cache of name {name!r} already exists")
         cache = _state.known.get(name)
         if cache is None:
-            cache = _state.known[name] = KmemCache()
+            cache = _state.known[name] = build_unseen(KmemCache)
         else:
             _forget(cache)
         cache.name = name
@@ -186,6 +190,7 @@ def kmem_cache_create(
         cache.spare_slabs = opts.spare_slabs
         cache.users = {} if opts.store_user else None
         _state.caches[name] = cache
+    announce(cache)
     return cache
 
 
@@ -221,7 +226,7 @@ def this_cpu_slab(cache: KmemCache) -> KmemCacheCpu:
 
 def _new_cpu(cache: KmemCache, number: int) -> KmemCacheCpu:
     with cache._k_lock:
-        return cache.cpus.setdefault(number, KmemCacheCpu())
+        return cache.cpus.setdefault(number, build_unseen(KmemCacheCpu))
 
 
 # ------------------------------------------------------------------------------------------------ allocation

@@ -18,7 +18,7 @@ from kmodel.core import Pooled, engine, guards, kernel_struct, untraced
 from kmodel.core import access as core_access
 from kmodel.core.engine import announce
 from kmodel.rcu import call_rcu
-from kmodel.slab.contents import poison_contents, zero, zero_unseen
+from kmodel.slab.contents import build_unseen, poison_contents, zero, zero_unseen
 
 TYPESAFE_GRACE_PERIOD = guards.register(
     "typesafe-slab-grace-period",
@@ -55,7 +55,7 @@ def new_slab(cache: Any) -> Slab:
         slab = cache.spare.popleft()
     else:
         pool = _pool.get((cache.object_class, cache.objects_per_slab))
-        slab = pool.pop() if pool else Slab()
+        slab = pool.pop() if pool else build_unseen(Slab)
     slab.cache = cache
     cache.slabs[slab] = None
     return slab  # type: ignore[no-any-return]
