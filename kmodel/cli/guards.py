@@ -25,8 +25,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "guards",
         help="list the guards that can be removed",
-        description="List every guard (barrier, recheck, inc-not-zero, wait) that --break can remove, and what goes "
-        "wrong without it.",
+        description="List every guard (barrier, recheck, inc-not-zero, wait) that --break can remove, "
+        "and what goes wrong without it.",
     )
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.set_defaults(run=run)

@@ -3,7 +3,8 @@
 Models:      nothing in Linux
 Guards:      none
 Invariants:  exit status 0 means clean, 1 a violation, 2 bad usage, 130 given up by a second Ctrl-C
-Leaves out:  the subcommands; each is a module with `add_parser(subparsers)`, whose parser's default `run` is called
+Leaves out:  the subcommands; each is a module with `add_parser(subparsers)`, whose parser's default `run` is
+             called
 Read next:   cli/stress.py
 """
 
@@ -21,10 +22,6 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
 
-class UsageError(Exception):
-    """The command line, or what it names, cannot be used; the text is for the user."""
-
-
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose complaints are one line."""
 
@@ -36,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command."""
     parser = Parser(
         prog="kmodel",
-        description="The Linux kernel's lockless uprobe lookup and per-VMA locking, as a program you can run and break.",
+        description="The Linux kernel's lockless uprobe lookup and per-VMA locking, to run and to break.",
     )
     parser.add_argument("--version", action="version", version=f"kmodel {kmodel.__version__}")
     subparsers: Any = parser.add_subparsers(
@@ -61,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has gone. Nothing more may be written, not even by the interpreter's flush at exit.
+        # Whoever read our output has gone. Nothing more may be written, not even by the
+        # interpreter's flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_INTERRUPTED

@@ -41,7 +41,8 @@ probes:
   'p:NAME PATH:0xOFFSET' a line as written to tracefs's uprobe_events
 
 exit status: 0 clean, 1 a violation or a hard path that was never met, 2 bad usage.
-A seed repeats every decision of the tasks and the choice of probes; how the system schedules the threads it does not repeat.
+A seed repeats every decision of the tasks and the choice of probes; how the system schedules the threads it
+does not repeat.
 """
 
 
@@ -50,8 +51,9 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "stress",
         help="torture the model on real threads",
-        description="Load a process's address space, put uprobes on functions of its files, and let threads hit them while "
-        "others replace mappings, recycle files and VMAs, register and unregister. An oracle checks every answer.",
+        description="Load a process's address space, put uprobes on functions of its files, and let "
+        "threads hit them while others replace mappings, recycle files and VMAs, register and unregister. "
+        "An oracle checks every answer.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -166,8 +168,8 @@ def check_interpreter(out: Any) -> None:
     """Say what this interpreter can do; BadUsage if it was made to do less than it could."""
     if gil_was_reenabled():
         raise BadUsage(
-            "this free-threaded Python runs with its GIL switched on (PYTHON_GIL=1, -X gil=1 or an extension module "
-            "that needs it): unset that"
+            "this free-threaded Python runs with its GIL switched on (PYTHON_GIL=1, -X gil=1 or an extension "
+            "module that needs it): unset that"
         )
     if gil_enabled():
         print("note: this Python has a GIL, so threads take turns instead of running in parallel", file=out)
@@ -197,8 +199,8 @@ def summary(report: Report, torture: Torture) -> list[str]:
     counts = report.counts
     took = max(report.elapsed, 1e-9)
     lines = [
-        f"{'interrupted after' if report.interrupted else 'ran'} {report.elapsed:.1f} s on {report.threads} threads"
-        f" ({os.cpu_count()} processors{'' if report.parallel else ', taking turns under the GIL'})",
+        f"{'interrupted after' if report.interrupted else 'ran'} {report.elapsed:.1f} s on {report.threads} "
+        f"threads ({os.cpu_count()} processors{'' if report.parallel else ', taking turns under the GIL'})",
         "",
     ]
     for name, text in WORK.items():
@@ -225,7 +227,8 @@ def verdict_line(report: Report) -> str:
     """The last word."""
     if report.verdict == "violation":
         broken = f" without {', '.join(report.removed_guards)}" if report.removed_guards else ""
-        return f"VIOLATION{broken}: {report.violations[0].property}, found after {report.violations[0].after:.2f} s"
+        first = report.violations[0]
+        return f"VIOLATION{broken}: {first.property}, found after {first.after:.2f} s"
     if report.verdict == "incomplete":
         names = "; ".join(HARD_PATHS[name] for name in report.not_met)
         return f"INCOMPLETE: nothing was wrong, but this never happened: {names}"

@@ -80,8 +80,9 @@ class PlainView:
         counts = progress.counts
         met = sum(1 for name in HARD_PATHS if counts.get(name))
         print(
-            f"{progress.elapsed:6.1f} s  {counts.get('hit', 0):>10,} hits  {counts.get('remap', 0):>8,} remaps  "
-            f"{counts.get('register', 0):>7,} registrations  {counts.get('speculation_retried', 0):>7,} retried  "
+            f"{progress.elapsed:6.1f} s  {counts.get('hit', 0):>10,} hits  "
+            f"{counts.get('remap', 0):>8,} remaps  {counts.get('register', 0):>7,} registrations  "
+            f"{counts.get('speculation_retried', 0):>7,} retried  "
             f"hard paths {met}/{len(HARD_PATHS)}",
             file=self._out,
             flush=True,
@@ -111,7 +112,8 @@ class LiveView:
         counts = progress.counts
         head = Text.assemble(
             ("kmodel stress", "bold"),
-            f"   seed {progress.seed}   {progress.threads} threads   {progress.elapsed:.1f} of {progress.seconds:g} s   ",
+            f"   seed {progress.seed}   {progress.threads} threads   ",
+            f"{progress.elapsed:.1f} of {progress.seconds:g} s   ",
             (progress.stage, "cyan"),
         )
         work = Table(box=None, padding=(0, 2), show_header=False)

@@ -1,6 +1,7 @@
 """Real programs: which functions an ELF file has, where they are in the file, and the bytes found there.
 
-Models:      what perf probe and tracefs users do before they write PATH:OFFSET: a symbol becomes an offset in a file
+Models:      what perf probe and tracefs users do before they write PATH:OFFSET: a symbol becomes an offset in
+             a file
 Guards:      none; files are read once, before any task runs
 Invariants:  Y1 an offset given out lies in an executable PT_LOAD segment's file bytes
 Leaves out:  symbol versions, separate debug files, compressed sections
@@ -53,7 +54,8 @@ def is_elf(path: str | Path) -> bool:
 
 
 def functions(path: str | Path) -> list[Function]:
-    """The function symbols of an ELF file that lie in executable bytes of the file, one per offset, in file order.
+    """The function symbols of an ELF file that lie in executable bytes of the file, one per offset, in file
+    order.
 
     The dynamic symbols if there are any, else the full symbol table. NotElf says why there is no answer.
     """
@@ -115,7 +117,8 @@ def _file_offset(segments: list[_Segment], vaddr: int) -> int | None:
 def _function_symbols(elf: Any, section: Any) -> Iterator[tuple[int, int, str]]:
     """(address, size, name) of each defined function.
 
-    Decoded here and not by the library's iter_symbols, which takes 0.6 s for the 8,000 symbols of a Python interpreter.
+    Decoded here and not by the library's iter_symbols, which takes 0.6 s for the 8,000 symbols of a Python
+    interpreter.
     """
     names = section.stringtable.data()
     order = "<" if elf.little_endian else ">"

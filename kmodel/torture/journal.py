@@ -7,8 +7,10 @@ Invariants:  J1 the picture for an even sequence value is complete before any ta
 Leaves out:  entries older than the newest few thousand of a slot
 Read next:   torture/oracle.py
 
-The journal is written from what the writers *intend*, not from what the model's tree then says, so that it can
-contradict the model. A writer announces what its next system call will do; the end of the write section publishes a
+The journal is written from what the writers *intend*, not from what the model's tree then says, so that it
+can
+contradict the model. A writer announces what its next system call will do; the end of the write section
+publishes a
 new sequence value, and the journal's hook runs just before that, still under the lock.
 """
 
@@ -22,7 +24,9 @@ from kmodel.torture.probes import PAGE_SIZE
 
 KEEP = 4096
 SLOT_PAGES = 3
-"""The contested address is in the middle page, so that neighbours can be split off and that page replaced alone."""
+"""The contested address is in the middle page, so that neighbours can be split off and that page replaced
+alone.
+"""
 
 
 @attrs.frozen
@@ -72,7 +76,8 @@ class Slot:
         self.first = (address & -PAGE_SIZE) - SLOT_PAGES // 2 * PAGE_SIZE
         # the places that this address may show
         self.keys = keys
-        # Parallel lists, replaced when they get long, appended to otherwise: a reader takes both references once.
+        # Parallel lists, replaced when they get long, appended to otherwise: a reader takes both
+        # references once.
         self._history: tuple[list[int], list[Entry]] = ([seq], [Entry(seq, picture, "setup", "mapped", at)])
 
     def append(self, entry: Entry) -> None:

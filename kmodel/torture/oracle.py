@@ -3,7 +3,8 @@
 Models:      nothing in Linux; kernel/rcu/rcutorture.c is its relative
 Guards:      a task's log is written by that task only; `violations` grows by appending
 Invariants:  Z1 a verdict is clean only if something was checked and the hard paths were met
-Leaves out:  exact order of steps of different tasks: their clock readings order them as well as a shared clock can
+Leaves out:  exact order of steps of different tasks: their clock readings order them as well as a shared
+             clock can
 Read next:   torture/tasks.py
 """
 
@@ -34,7 +35,9 @@ class Violated(Exception):
 
 
 class TaskLog:
-    """What one task did: counters, a heartbeat, and its last steps. Made by the task itself, so that writing it is cheap."""
+    """What one task did: counters, a heartbeat, and its last steps. Made by the task itself, so that
+    writing it is cheap.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -118,7 +121,8 @@ class Oracle:
         others: str = "",
         about: int = 0,
     ) -> Violation:
-        """Record a violation that `log`'s task found, with its steps and those of other tasks around `about` (now).
+        """Record a violation that `log`'s task found, with its steps and those of other tasks around `about`
+        (now).
 
         `others` narrows the other tasks by the beginning of their names, "|" between alternatives.
         """

@@ -57,7 +57,9 @@ class Probe:
 
 
 def parse_probe(text: str) -> ProbeSpec:
-    """PATH:SYMBOL, PATH:SYMBOL+OFFSET, PATH:OFFSET, or tracefs's `p:NAME PATH:OFFSET`. BadProbe says what is wrong."""
+    """PATH:SYMBOL, PATH:SYMBOL+OFFSET, PATH:OFFSET, or tracefs's `p:NAME PATH:OFFSET`. BadProbe says what
+    is wrong.
+    """
     stripped = text.strip()
     event = None
     place = stripped
@@ -119,7 +121,7 @@ def resolve(spec: ProbeSpec) -> Probe:
     return Probe(path, function.offset + spec.offset, name, explicit=True)
 
 
-# ------------------------------------------------------------------------------------------------ the default choice
+# ----------------------------------------------------------------------------------------- the default choice
 
 
 @attrs.frozen
@@ -130,10 +132,14 @@ class Choice:
     """Registered from start to end, hit where their file is mapped: none may ever be missed."""
 
     contested: tuple[tuple[Probe, ...], ...]
-    """Per slot: probes of different pages at the same offset in the page, so that one address can be any of them."""
+    """Per slot: probes of different pages at the same offset in the page, so that one address can be any of
+    them.
+    """
 
     churned: tuple[Probe, ...]
-    """Registered and unregistered all the time; close to permanent ones in the tree, so that rotations pass over those."""
+    """Registered and unregistered all the time; close to permanent ones in the tree, so that rotations pass
+    over those.
+    """
 
     @property
     def all(self) -> tuple[Probe, ...]:
@@ -172,7 +178,8 @@ def choose(
 ) -> Choice:
     """Choose probes among the functions of `paths` (executable mapped files, C library or not).
 
-    Half of the permanent ones come from the C library, spread over its text, the rest from the other files, so that the tree
+    Half of the permanent ones come from the C library, spread over its text, the rest from the other files,
+    so that the tree
     has several inodes. The files of explicit probes count as mapped. ValueError if no file has functions.
     """
     by_path: dict[str, list[Probe]] = {}
@@ -232,7 +239,9 @@ def _groups(
     per_slot: int,
     taken: set[tuple[str, int]],
 ) -> tuple[tuple[Probe, ...], ...]:
-    """For each slot, probes that lie at one offset in the page but in different pages, of several files where possible."""
+    """For each slot, probes that lie at one offset in the page but in different pages, of several files
+    where possible.
+    """
     at: dict[int, list[Probe]] = {}
     for probes in by_path.values():
         for probe in probes:
@@ -261,7 +270,9 @@ def _neighbours(
     count: int,
     taken: set[tuple[str, int]],
 ) -> list[Probe]:
-    """Functions next to permanent probes in their file, in turn of those, so that they are neighbours in the tree."""
+    """Functions next to permanent probes in their file, in turn of those, so that they are neighbours in
+    the tree.
+    """
     chosen: list[Probe] = []
     reach = 0
     order = list(fixed)

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 from kmodel.proc import proc_maps
-
 from kmodel.rcu import rcu_read_lock_trace, rcu_read_unlock_trace
 from kmodel.sync import REFCOUNT_SATURATED, refcount_read
 from kmodel.torture.oracle import name_of
@@ -68,7 +67,9 @@ class Hitter(Task):
             )
 
     def hit_permanent(self, address: int) -> None:
-        """Hit a probe that is registered and mapped all the time: its handler runs once, no more and no less."""
+        """Hit a probe that is registered and mapped all the time: its handler runs once, no more and no
+        less.
+        """
         self.hit(address, exc_int3)
         if self.me.hit_calls != 1:
             key = self.me.process.permanent[address]

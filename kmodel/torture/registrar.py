@@ -23,7 +23,9 @@ UNSYNCED_AT_MOST = 4
 
 
 class Registrar(Task):
-    """Registers and unregisters probes, the same ones again and again: neighbours of those that must be found."""
+    """Registers and unregisters probes, the same ones again and again: neighbours of those that must be
+    found.
+    """
 
     name = "register"
 

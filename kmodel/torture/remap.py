@@ -30,6 +30,8 @@ MAP_PRIVATE = mm_constants.MAP_PRIVATE
 MAP_ANONYMOUS = mm_constants.MAP_ANONYMOUS
 
 FILES_HELD = 3
+CHURN_PAGES = 8
+"""So many pages from Process.scratch on are for anybody to map and unmap."""
 
 
 @attrs.define(eq=False)
@@ -44,7 +46,8 @@ class Intent:
 def write_section_ends(mm: Any) -> None:
     """mmap_lock's write section of current is about to end: journal what it did (mm/mmap_lock.py's observer).
 
-    The next even sequence value, the first that a reader can sample afterwards, is one more than the odd one now.
+    The next even sequence value, the first that a reader can sample afterwards, is one more than the odd one
+    now.
     """
     me: Member | None = current().local.get("torture")
     if me is None or me.intent is None:
@@ -70,7 +73,9 @@ def write_section_ends(mm: Any) -> None:
 
 
 class Remapper(Task):
-    """Replaces what is mapped at contested addresses: other files, other offsets, nothing, anonymous memory."""
+    """Replaces what is mapped at contested addresses: other files, other offsets, nothing, anonymous
+    memory.
+    """
 
     name = "remap"
 
@@ -95,7 +100,9 @@ class Remapper(Task):
             self.anonymous(slot)
 
     def replace(self, slot: Slot, key: Key, pages: int) -> None:
-        """mmap(MAP_FIXED) of a file so that the contested address shows `key`, through a struct file of its own."""
+        """mmap(MAP_FIXED) of a file so that the contested address shows `key`, through a struct file of its
+        own.
+        """
         world = self.world
         file = world.open(key.inode)
         first = (slot.address & -PAGE_SIZE) - (pages // 2) * PAGE_SIZE
@@ -131,6 +138,7 @@ class FileChurner(Task):
         super().__init__(me, rng)
         self.inodes = list(me.world.inodes.values())
         self.held: list[Any] = []
+        self.page = me.process.scratch + rng.randrange(CHURN_PAGES) * PAGE_SIZE
 
     def step(self) -> None:
         self.held.append(self.world.open(self.rng.choice(self.inodes)))
@@ -140,8 +148,9 @@ class FileChurner(Task):
                 self.log.count("file_churn")
             self.held = []
         if self.rng.random() < 0.1:
-            address = mmap(self.mm, 0, 2 * PAGE_SIZE, mm_constants.PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS)
-            munmap(self.mm, address, 2 * PAGE_SIZE)
+            flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED
+            mmap(self.mm, self.page, PAGE_SIZE, mm_constants.PROT_READ, flags)
+            munmap(self.mm, self.page, PAGE_SIZE)
             self.log.count("vma_churn")
 
     def finish(self) -> None:

@@ -2,7 +2,8 @@
 
 Models:      nothing in Linux
 Guards:      none; made when no task runs any more
-Invariants:  V1 "clean" means: no violation, every ledger balances, every hard path was met (or the run was short)
+Invariants:  V1 "clean" means: no violation, every ledger balances, every hard path was met (or the run was
+             short)
 Read next:   cli/stress.py, which prints it
 """
 

@@ -37,7 +37,9 @@ MORE_ROLES: tuple[type[Task], ...] = (
 
 
 def roles_of(n: int, count: int) -> tuple[type[Task], ...]:
-    """What the n-th of `count` tasks does: one kind of work, or in turn several if there are not enough tasks."""
+    """What the n-th of `count` tasks does: one kind of work, or in turn several if there are not enough
+    tasks.
+    """
     if count <= len(ROLES):
         return ROLES[n::count]
     return (ROLES[n],) if n < len(ROLES) else (MORE_ROLES[(n - len(ROLES)) % len(MORE_ROLES)],)

@@ -1,12 +1,15 @@
-"""A run from beginning to end: build the scene, start the tasks, watch them, stop them, and balance the books.
+"""A run from beginning to end: build the scene, start the tasks, watch them, stop them, and balance the
+books.
 
 Models:      nothing in Linux
 Guards:      the main thread runs everything here except task_body
-Invariants:  B1 what was allocated during a run is free after it, B2 a task that makes no progress is a violation
+Invariants:  B1 what was allocated during a run is free after it, B2 a task that makes no progress is a
+             violation
 Leaves out:  nothing
 Read next:   torture/report.py
 
-The guards named in `removed_guards` are away from before the first task starts until after the last has ended.
+The guards named in `removed_guards` are away from before the first task starts until after the last has
+ended.
 """
 
 import contextlib
@@ -35,7 +38,7 @@ from kmodel.torture.oracle import Oracle, TaskLog, Violated
 from kmodel.torture.report import Report
 from kmodel.torture.roles import ROLES, roles_of
 from kmodel.torture.tasks import pause_in_handler
-from kmodel.torture.world import Member, World
+from kmodel.torture.world import Config, Member, World
 
 STALL_SECONDS = 20.0
 STOP_SECONDS = 20.0
@@ -44,19 +47,6 @@ STOP_SECONDS_AFTER_VIOLATION = 2.0
 
 class BadUsage(ValueError):
     """The run cannot be made as asked; the text is one line for the user."""
-
-
-@attrs.frozen
-class Config:
-    """What the user asked for."""
-
-    seed: int
-    threads: int
-    seconds: float
-    pid: int | None = None
-    maps: str | None = None
-    probes: tuple[str, ...] = ()
-    removed_guards: tuple[str, ...] = ()
 
 
 @attrs.frozen
@@ -104,7 +94,9 @@ class Torture:
     # -- before
 
     def prepare(self) -> None:
-        """Load the address space, choose probes and register those that stay. BadUsage if that cannot be done."""
+        """Load the address space, choose probes and register those that stay. BadUsage if that cannot be
+        done.
+        """
         try:
             self._stack.enter_context(guards.without(*self.config.removed_guards))
             scene = build.build(self.config, self._oracle, self._stack)

@@ -2,7 +2,8 @@
 
 Models:      fs/proc/task_mmu.c, show_map_vma: the line format that is read here
 Guards:      none; runs before any task does
-Invariants:  W1 what is read is checked line by line, W2 a mapped file is used only if it is still the file that was mapped
+Invariants:  W1 what is read is checked line by line, W2 a mapped file is used only if it is still the file
+             that was mapped
 Leaves out:  smaps, namespaces of --maps FILE (its paths are taken as this machine's)
 Read next:   torture/probes.py
 """
@@ -53,7 +54,9 @@ class Source:
     check_inodes: bool = True
 
     def readable_elf_files(self) -> list[str]:
-        """The paths of executable mapped files that can be read here as ELF files and are still what was mapped."""
+        """The paths of executable mapped files that can be read here as ELF files and are still what was
+        mapped.
+        """
         wanted = {m.path: m for m in self.mappings if m.executable_file}
         return [path for path, mapping in wanted.items() if self._usable(path, mapping)]
 

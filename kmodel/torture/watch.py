@@ -1,4 +1,5 @@
-"""Where the oracle looks on: at the end of each speculation, in each handler, at each descent and reference taken.
+"""Where the oracle looks on: at the end of each speculation, in each handler, at each descent and reference
+taken.
 
 Models:      nothing in Linux
 Guards:      none: it runs in the task that it watches, and reads journals that writers append to
@@ -7,8 +8,10 @@ Invariants:  P1 an accepted speculation is what the address had at its own sampl
 Leaves out:  answers of the slow path are judged by the handlers they lead to
 Read next:   torture/tasks.py
 
-Functions of this module go into the `observer` slots of uprobes/lookup.py and uprobes/tree.py. They are plain functions
-and take what they need from the calling task, because free-threaded Python makes threads wait for each other at objects
+Functions of this module go into the `observer` slots of uprobes/lookup.py and uprobes/tree.py. They are plain
+functions
+and take what they need from the calling task, because free-threaded Python makes threads wait for each other
+at objects
 that they share.
 """
 
@@ -34,13 +37,13 @@ def lock_sequence(mm: Any) -> int:
     return int(getattr(seq, "sequence", seq))
 
 
-# ------------------------------------------------------------------------------------------------ speculations
+# ----------------------------------------------------------------------------------------------- speculations
 
 
 def speculated(
     mm: Any, address: int, seq: int, vma: Any, file: Any, inode: Any, offset: int, uprobe: Any, accepted: bool
 ) -> None:
-    """A speculative lookup found a uprobe, and accepted it or threw it away (uprobes/lookup.py's observer)."""
+    """A speculative lookup found a uprobe, and accepted it or threw it away."""
     me = member()
     if me is None:
         return
@@ -81,7 +84,9 @@ def speculated(
 
 
 def count_reuse(me: Member, picture: Picture, vma: Any, file: Any) -> None:
-    """Count it if the VMA or file in hand has been freed since the sample: the reader held on to recycled memory."""
+    """Count it if the VMA or file in hand has been freed since the sample: the reader held on to recycled
+    memory.
+    """
     if picture.file is file and file is not None and _moved_on(file, picture.file_generation):
         me.log.count("file_reused")
     if picture.vma is vma and vma is not None and _moved_on(vma, picture.vma_generation):
@@ -121,7 +126,9 @@ def wrong_speculation(
     truth: Entry | None,
     expected: tuple[Any, int],
 ) -> None:
-    """Report an accepted speculation that the journal contradicts: the reader's steps, and what the writers did."""
+    """Report an accepted speculation that the journal contradicts: the reader's steps, and what the writers
+    did.
+    """
     world = me.world
     picture = truth.picture if truth is not None else None
     found = world.label(uprobe.inode, uprobe.offset)
@@ -214,7 +221,7 @@ def check_place(me: Member, consumer: TortureConsumer, address: int) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------ tree and references
+# ---------------------------------------------------------------------------------------- tree and references
 
 
 def dead_twin(_uprobe: Any) -> None:

@@ -2,7 +2,8 @@
 
 Models:      nothing in Linux
 Guards:      built before any task starts; constant afterwards, except each slot's journal
-Invariants:  O1 a permanent target is mapped and registered from before the first task starts until after the last
+Invariants:  O1 a permanent target is mapped and registered from before the first task starts until after the
+             last
              has ended
 Leaves out:  nothing
 Read next:   torture/watch.py
@@ -15,10 +16,24 @@ from typing import Any
 import attrs
 
 from kmodel.core import TaskStruct, kernel_struct, untraced
+from kmodel.fs import open_file
 from kmodel.torture.journal import Slot
 from kmodel.torture.oracle import Oracle, TaskLog, name_of
 from kmodel.torture.probes import Probe
 from kmodel.uprobes import UprobeConsumer
+
+
+@attrs.frozen
+class Config:
+    """What the user asked for."""
+
+    seed: int
+    threads: int
+    seconds: float
+    pid: int | None = None
+    maps: str | None = None
+    probes: tuple[str, ...] = ()
+    removed_guards: tuple[str, ...] = ()
 
 
 @kernel_struct
@@ -59,6 +74,8 @@ class Process:
     churned: dict[int, Key] = attrs.field(factory=dict)
     # address -> history, for those whose mapping does
     slots: dict[int, Slot] = attrs.field(factory=dict)
+    # the lowest of the pages that tasks may map and unmap as they like
+    scratch: int = 0
 
 
 @attrs.define(eq=False)
@@ -70,10 +87,15 @@ class World:
     permanent: list[Key] = attrs.field(factory=list)
     contested: list[list[Key]] = attrs.field(factory=list)
     churned: list[Key] = attrs.field(factory=list)
-    # every file of the address spaces: path -> inode, and names for showing
+    # files with probes, held open: path -> inode, and names for showing
+    opened: list[Any] = attrs.field(factory=list)
     inodes: dict[str, Any] = attrs.field(factory=dict)
     labels: dict[Any, str] = attrs.field(factory=dict)
     inode_names: dict[Any, str] = attrs.field(factory=dict)
+
+    def open(self, inode: Any) -> Any:
+        """A struct file of its own for the inode."""
+        return open_file(inode.path, size=inode.i_size)
 
     def label(self, inode: Any, offset: int) -> str:
         """A place in words."""

@@ -79,7 +79,7 @@ def test_what_does_not_resolve(tmp_path: Path, name: str, complaint: str) -> Non
         resolve(parse_probe(f"{tmp_path}/{name}"))
 
 
-# ------------------------------------------------------------------------------------------------ the default choice
+# ----------------------------------------------------------------------------------------- the default choice
 
 
 def two_files(folder: Path) -> list[str]:

@@ -58,7 +58,8 @@ def test_a_process_that_is_not_there() -> None:
 
 
 def test_a_file_changed_since_it_was_mapped_gets_no_probes(tmp_path: Path) -> None:
-    """A live process's file counts only if the path still leads to the inode that is mapped; a saved maps file is taken on
+    """A live process's file counts only if the path still leads to the inode that is mapped; a saved maps
+    file is taken on
     trust, but only for what is an ELF file here."""
     program = tiny_elf(tmp_path / "program", {"main": (0, 2)}, b"\x90" * 64)
     (tmp_path / "maps").write_text(line(program, 1) + line(tmp_path / "missing", 2, 0x3000))
