@@ -1,0 +1,422 @@
+"""Sequentially consistent memory: every load returns the last store.
+
+Models:      nothing in Linux: the machine everybody first thinks of
+Guards:      the engine's baton
+Invariants:  M1 values live in the objects' own slots, M2 two accesses of one location are independent if both only load
+Leaves out:  all reordering; see memory_tso.py and memory_lkmm.py
+Read next:   explore/memory_tso.py
+
+An event is dependent by its effect: a cmpxchg that fails is a load. A marked access synchronises with every earlier marked
+store of its location, and so do locks; plain accesses do not, which is what the race oracle goes by.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from kmodel.core.access import NO_STORE
+from kmodel.core.lifetime import POISON
+from kmodel.core.report import LockingBug
+from kmodel.core.struct import raw_get, raw_set
+from kmodel.explore.engine import ExploreEngine
+from kmodel.explore.events import (
+    ALLOC,
+    COND,
+    FREE,
+    GP_END,
+    GP_START,
+    LOAD,
+    LOCK,
+    RELAX,
+    RMW,
+    STORE,
+    UNLOCK,
+    Aborted,
+    Loc,
+    Runner,
+)
+from kmodel.explore.search import Node
+
+
+class ScEngine(ExploreEngine):
+    """Explore under sequential consistency."""
+
+    memory = "sc"
+
+    # -- accesses
+
+    def _load(self, obj: Any, field: str, order: str) -> Any:
+        me = self.cur
+        if me is None:
+            return raw_get(obj, field)
+        loc = self.locs.get((obj._k_id, field))
+        if loc is None or loc.obj is not obj:
+            loc = self.loc_of(obj, field)
+        me.kind = LOAD
+        me.loc = loc
+        d = self.point(me)
+        return self.read(me, d, loc, LOAD, order)
+
+    def read(self, me: Runner, d: int, loc: Loc, kind: int, order: str) -> Any:
+        """The event of a load."""
+        old = me.clock
+        bit = 1 << d
+        last = loc.lastw
+        if last >= 0 and not old >> last & 1 and d >= self.plen - 1:
+            self.search.race(last, old, me)
+        clock = old | loc.wclk | bit
+        loc.reads.append(d)
+        loc.rclk |= clock
+        value = loc.get(loc.obj)  # type: ignore[misc]
+        if loc.freed >= 0:
+            self.oracles.use_after_free(me, d, loc, "read")
+        if order == "plain" and not me.nocheck:
+            bad = loc.allw & ~me.K
+            loc.plainr |= bit
+        else:
+            bad = loc.plainw & ~me.K if not me.nocheck else 0
+            me.K |= loc.sync
+        if bad and self.check_races:
+            self.oracles.data_race(me, d, loc, bad, "load", order)
+        loc.allr |= bit
+        me.K |= bit
+        me.turn.append((loc, len(loc.writes)))
+        self.commit(me, d, clock, kind, loc, False)
+        if self.recorder is not None:
+            self.recorder.load(me, loc, kind, order, value)
+        return value
+
+    def _store(self, obj: Any, field: str, value: Any, order: str) -> None:
+        me = self.cur
+        if me is None:
+            raw_set(obj, field, value)
+            return
+        loc = self.locs.get((obj._k_id, field))
+        if loc is None or loc.obj is not obj:
+            loc = self.loc_of(obj, field)
+        me.kind = STORE
+        me.loc = loc
+        d = self.point(me)
+        self.write(me, d, loc, STORE, order, value)
+        if self.recorder is not None:
+            self.recorder.store(me, loc, STORE, order, value)
+
+    def write(self, me: Runner, d: int, loc: Loc, kind: int, order: str, value: Any) -> None:
+        """The event of a store."""
+        old = me.clock
+        bit = 1 << d
+        if d >= self.plen - 1:
+            seen = old
+            for earlier in reversed(loc.reads):
+                if not seen >> earlier & 1:
+                    self.search.race(earlier, old, me)
+                    seen |= self.clk[earlier]
+            last = loc.lastw
+            if last >= 0 and not seen >> last & 1:
+                self.search.race(last, old, me)
+        clock = old | loc.wclk | loc.rclk | bit
+        obj = loc.obj
+        loc.writes.append((d, loc.get(obj)))  # type: ignore[misc]
+        loc.lastw = d
+        loc.wclk = clock
+        loc.rclk = 0
+        loc.reads.clear()
+        if loc.freed >= 0:
+            self.oracles.use_after_free(me, d, loc, "written")
+        if order == "plain" and not me.nocheck:
+            bad = (loc.allw | loc.allr) & ~me.K
+            loc.plainw |= bit
+            me.K |= bit
+        else:
+            bad = (loc.plainw | loc.plainr) & ~me.K if not me.nocheck else 0
+            me.K |= bit
+            if kind == RMW:
+                me.K |= loc.sync
+            loc.sync |= me.K
+        if bad and self.check_races:
+            self.oracles.data_race(me, d, loc, bad, "store", order)
+        loc.allw |= bit
+        me.dirty = True
+        loc.set(obj, value)  # type: ignore[misc]
+        self.commit(me, d, clock, kind, loc, True)
+
+    def plain_load(self, obj: Any, field: str) -> Any:
+        return self._load(obj, field, "plain")
+
+    def plain_store(self, obj: Any, field: str, value: Any) -> None:
+        self._store(obj, field, value, "plain")
+
+    load = _load
+    store = _store
+
+    def rmw(self, obj: Any, field: str, update: Callable[[Any], Any], order: str) -> Any:
+        if field not in obj.__k_atomic__:
+            raise TypeError(f"{type(obj).__name__}.{field} is not declared atomic()")
+        me = self.cur
+        if me is None:
+            old = raw_get(obj, field)
+            new = update(old)
+            if new is not NO_STORE:
+                raw_set(obj, field, new)
+            return old
+        loc = self.locs.get((obj._k_id, field))
+        if loc is None or loc.obj is not obj:
+            loc = self.loc_of(obj, field)
+        me.kind = RMW
+        me.loc = loc
+        d = self.point(me)
+        old = loc.get(obj)  # type: ignore[misc]
+        if loc.freed >= 0 and old is POISON:
+            self.oracles.use_after_free(me, d, loc, "changed")
+        new = update(old)
+        if new is NO_STORE:
+            self.read(me, d, loc, RMW, order)
+        else:
+            self.write(me, d, loc, RMW, order, new)
+            if self.recorder is not None:
+                self.recorder.rmw(me, loc, order, old, new)
+        return old
+
+    def fence(self, kind: str) -> None:
+        if self.recorder is not None and self.cur is not None:
+            self.recorder.note(self.cur, "fence", "", order=kind)
+
+    # -- waiting
+
+    def _cond(self, obj: Any, field: str, cond: Callable[[Any], bool], order: str, doing: str) -> Any:
+        me = self.cur
+        if me is None:
+            if self.over is not None:
+                raise Aborted
+            value = raw_get(obj, field)
+            if not cond(value):
+                raise LockingBug(f"{obj!r}.{field} is waited for outside the run, where nothing can change it")
+            return value
+        loc = self.loc_of(obj, field)
+        me.kind, me.loc, me.arg = COND, loc, cond
+        d = self.wait_until(me, _holds, f"{doing} on {field}")
+        self._cond_races(me, loc)
+        old = me.clock
+        value = self.read(me, d, loc, COND, order)
+        if self.recorder is not None:
+            del old
+        return value
+
+    def _cond_races(self, me: Runner, loc: Loc) -> None:
+        """The condition may have held before some store."""
+        seen = me.clock
+        for earlier, before in reversed(loc.writes):
+            if seen >> earlier & 1:
+                return
+            if me.arg(before):
+                self.search.race(earlier, me.clock, me)
+                return
+
+    def blocked_races(self, me: Runner) -> None:
+        loc = me.loc
+        if loc is None:
+            return
+        if me.kind == COND:
+            self._cond_races(me, loc)
+        elif me.kind == LOCK:
+            self._lock_races(me, loc)
+
+    def relaxed(self, me: Runner) -> None:
+        d = self.wait_until(me, _may_differ, "spins until something it read changes")
+        first = min(loc.writes[seen][0] for loc, seen in me.turn if len(loc.writes) > seen)
+        self.commit(me, d, me.clock | self.clk[first] | 1 << d, RELAX, None, False)
+
+    # -- locks
+
+    def _lock_races(self, me: Runner, loc: Loc) -> None:
+        earlier = loc.lastacq
+        if earlier >= 0 and not me.clock >> earlier & 1:
+            self.search.race(earlier, me.clock, me)
+
+    def spin_lock(self, obj: Any, field: str) -> None:
+        me = self.cur
+        if me is None:
+            self._outside(obj, field)
+            return
+        loc = self.loc_of(obj, field)
+        me.kind, me.loc = LOCK, loc
+        d = self.wait_until(me, _unlocked, f"waits for {type(obj).__name__}")
+        self._lock_races(me, loc)
+        # The unlock that let it in enables this event, it does not race with it.
+        me.clock |= loc.wclk
+        loc.lastacq = d
+        self.write(me, d, loc, LOCK, "full", 1)
+        me.K |= loc.sync
+        if self.recorder is not None:
+            self.recorder.lock(me, loc, "lock")
+
+    def _outside(self, obj: Any, field: str) -> None:
+        if self.over is not None:
+            return
+        if raw_get(obj, field):
+            raise LockingBug(f"{obj!r} is taken outside the run, where nothing can release it")
+        raw_set(obj, field, 1)
+
+    def spin_trylock(self, obj: Any, field: str) -> bool:
+        me = self.cur
+        if me is None:
+            free = not raw_get(obj, field)
+            raw_set(obj, field, 1)
+            return free
+        got = self.rmw(obj, field, _take, "acquire") == 0
+        if got:
+            self.loc_of(obj, field).lastacq = self.depth - 1
+        return got
+
+    def spin_unlock(self, obj: Any, field: str) -> None:
+        me = self.cur
+        if me is None:
+            raw_set(obj, field, 0)
+            return
+        loc = self.loc_of(obj, field)
+        if not loc.get(obj):  # type: ignore[misc]
+            raise LockingBug(f"{obj!r} is not locked")
+        me.kind, me.loc = UNLOCK, loc
+        d = self.point(me)
+        self.write(me, d, loc, UNLOCK, "release", 0)
+        if self.recorder is not None:
+            self.recorder.lock(me, loc, "unlock")
+
+    # -- what the search asks
+
+    def still_asleep(self, parent: Node) -> dict[int, Any]:
+        """Which tasks that slept at `parent` still do after the event that was just made."""
+        found = {}
+        loc, isw, kind = self.ev_loc, self.ev_w, self.ev_kind
+        runners = self.runners
+        for t, stores in parent.sleep.items():
+            if t == parent.task:
+                continue
+            if loc is not None:
+                sleeper = runners[t]
+                mine = sleeper.loc
+                if mine is loc:
+                    if stores or isw:
+                        continue
+                elif mine is not None and mine.kid == loc.kid and (kind == FREE or sleeper.kind == FREE):
+                    continue
+            found[t] = stores
+        return found
+
+    def born(self, child: Runner, parent: Runner | None) -> None:
+        if parent is not None:
+            child.K = parent.K
+
+    def joined(self, me: Runner, other: Runner) -> None:
+        me.K |= other.K
+
+    # -- the life of objects
+
+    def freed(self, obj: Any) -> None:
+        me = self.cur
+        if me is None:
+            return
+        if not type(obj).__k_slots__:
+            return
+        loc = self.loc_of(obj, next(iter(type(obj).__k_slots__)))
+        me.kind, me.loc = FREE, loc
+        d = self.point(me)
+        old, clock = me.clock, me.clock | 1 << d
+        for other in self.of_object[loc.kid]:
+            seen = old
+            if d >= self.plen - 1:
+                for earlier in (*reversed(other.reads), other.lastw):
+                    if earlier >= 0 and not seen >> earlier & 1:
+                        self.search.race(earlier, old, me)
+                        seen |= self.clk[earlier]
+            clock |= other.wclk | other.rclk
+        for other in self.of_object[loc.kid]:
+            other.lastw, other.wclk, other.rclk, other.freed = d, clock, 0, d
+            other.reads.clear()
+        self.freed_objects[loc.kid] = d
+        self.oracles.note_free(me, d, obj)
+        self.commit(me, d, clock, FREE, loc, True)
+        if self.recorder is not None:
+            self.recorder.life(me, obj, "free")
+
+    def allocated(self, obj: Any) -> None:
+        me = self.cur
+        kid = self.root_of(obj)
+        self.freed_objects.pop(kid, None)
+        for loc in self.of_object.get(kid, ()):
+            loc.freed = -1
+            loc.allr = loc.allw = loc.plainr = loc.plainw = 0
+        self.oracles.note_alloc(me, obj)
+        if self.recorder is not None and me is not None:
+            self.recorder.life(me, obj, "alloc")
+
+    # -- grace periods: the readers are what a grace period's start may come before or after
+
+    def reader_event(self, me: Runner, kind: int, loc: Loc, dom: Any) -> int:
+        """rcu_read_lock or rcu_read_unlock of a domain."""
+        me.kind, me.loc = kind, loc
+        d = self.point(me)
+        old = me.clock
+        last = loc.lastw
+        if last >= 0 and not old >> last & 1 and d >= self.plen - 1:
+            self.search.race(last, old, me)
+        clock = old | loc.wclk | 1 << d
+        loc.reads.append(d)
+        loc.rclk |= clock
+        me.K |= loc.sync | 1 << d
+        self.commit(me, d, clock, kind, loc, False)
+        return d
+
+    def gp_start(self, me: Runner, loc: Loc, dom: Any) -> int:
+        """synchronize_rcu notes who reads."""
+        me.kind, me.loc = GP_START, loc
+        d = self.point(me)
+        old = me.clock
+        if d >= self.plen - 1:
+            seen = old
+            for earlier in (*reversed(loc.reads), loc.lastw):
+                if earlier >= 0 and not seen >> earlier & 1:
+                    self.search.race(earlier, old, me)
+                    seen |= self.clk[earlier]
+        clock = old | loc.wclk | loc.rclk | 1 << d
+        loc.lastw, loc.wclk, loc.rclk = d, clock, 0
+        loc.reads.clear()
+        me.K |= 1 << d
+        # What was known here is known to sections that begin later.
+        loc.sync |= me.K
+        me.dirty = True
+        self.commit(me, d, clock, GP_START, loc, True)
+        return d
+
+    def gp_end(self, me: Runner, loc: Loc, dom: Any, gp: Any) -> None:
+        """It has waited for them."""
+        me.kind, me.loc = GP_END, None
+        d = self.wait_until(me, lambda _me: not gp.waits_for, f"waits for readers of {loc.field}")
+        clock = me.clock | 1 << d
+        for event, known in gp.left:
+            clock |= self.clk[event]
+            me.K |= known
+        me.K |= 1 << d
+        self.commit(me, d, clock, GP_END, None, False)
+
+
+def _holds(me: Runner) -> bool:
+    loc = me.loc
+    assert loc is not None
+    return bool(me.arg(loc.get(loc.obj)))  # type: ignore[misc]
+
+
+def _unlocked(me: Runner) -> bool:
+    loc = me.loc
+    assert loc is not None
+    return not loc.get(loc.obj)  # type: ignore[misc]
+
+
+def _may_differ(me: Runner) -> bool:
+    return any(len(loc.writes) > seen for loc, seen in me.turn)
+
+
+def _take(value: Any) -> Any:
+    return NO_STORE if value else 1
+
+
+__all__ = ["ALLOC", "ScEngine"]
