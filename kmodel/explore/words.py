@@ -26,21 +26,22 @@ VIOLATIONS = {
 
 _LOADS = {"once": "READ_ONCE", "acquire": "smp_load_acquire"}
 _STORES = {"once": "WRITE_ONCE", "release": "smp_store_release"}
-# Domains that the functions' names imply.
-_GLOBAL_DOMAINS = ("rcu", "rcu_tasks_trace")
 _FENCES = {
     "mb": "A full barrier: everything before it is seen by others before anything after it.",
     "rmb": "A read barrier: the reads after it see at least what the reads before it saw.",
     "wmb": "A write barrier: whoever sees a store after it also sees the stores before it.",
 }
 _HOW = {
-    "plain": "plain access",
-    "once": "orders nothing",
-    "relaxed": "orders nothing",
-    "acquire": "acquire: what follows stays after it",
-    "release": "release: what came before is seen with it",
-    "full": "fully ordered",
+    "plain": " with a plain access",
+    "once": ", ordering nothing,",
+    "relaxed": ", ordering nothing,",
+    "acquire": " with acquire (what follows stays after it)",
+    "release": " with release (whoever acquires it sees what came before)",
+    "full": ", fully ordered,",
 }
+# What ends the names of the functions of a domain; an SRCU domain is an argument.
+_SUFFIX = {"rcu": "", "rcu_tasks_trace": "_trace"}
+_SECTIONS = {"rcu-lock": "read_lock", "rcu-unlock": "read_unlock"}
 
 
 def violation_name(kind: str) -> str:
@@ -77,9 +78,11 @@ class Words:
             return f"{function}({where}, {value})" if function else f"{where} = {value}"
         if kind == "fence":
             return f"{step.get('op') or 'smp_' + order}()"
+        if kind in ("rcu-lock", "rcu-unlock", "gp-start", "gp-end") and not step.get("op"):
+            return _grace(kind, step.get("domain", "rcu"))
         name = step.get("op") or kind.replace("-", " ")
         what = where or step.get("lock") or step.get("object") or step.get("domain") or ""
-        if what in _GLOBAL_DOMAINS and step.get("op"):
+        if what in _SUFFIX and step.get("op"):
             what = ""
         if step.get("op"):
             return f"{name}({what})"
@@ -98,11 +101,11 @@ class Words:
         return ""
 
     def origin(self, step: Step) -> str:
-        """Where a read got its value: "from #3", "initial value"."""
+        """Where a read got its value: "#3" (the step that stored it) or "initial"."""
         read_from = step.get("read_from")
         if read_from is None:
             return ""
-        return "initial value" if read_from["step"] is None else f"from #{read_from['step']}"
+        return "initial" if read_from["step"] is None else f"#{read_from['step']}"
 
     # -- sentences
 
@@ -131,18 +134,18 @@ class Words:
     def _what(self, step: Step) -> list[str]:
         task, where, kind = self.tasks[step["task"]], self._where(step), step["kind"]
         how = _HOW.get(step.get("order", ""), "")
-        how = f" ({how})" if how else ""
         if kind == "load":
             got = f" and gets {step['value']}" if "value" in step else ""
-            return [f"{task} reads {where}{got}{how}.", *self._read(step)]
+            return [_end(f"{task} reads {where}{how}{got}"), *self._read(step)]
         if kind == "store":
-            return [f"{task} stores {step.get('value', 'a value')} to {where}{how}.", *self._stored(step)]
+            stored = f"{task} stores {step.get('value', 'a value')} to {where}{how}"
+            return [_end(stored), *self._stored(step)]
         if kind == "rmw":
             old = step.get("old", "?")
             if "new" not in step:
                 return [f"{task} looks at {where}, finds {old} and leaves it alone.", *self._read(step)]
-            done = f"{task} changes {where} from {old} to {step['new']} in one step{how}."
-            return [done, *self._read(step), *self._stored(step)]
+            done = f"{task} changes {where} from {old} to {step['new']} in one step{how}"
+            return [_end(done), *self._read(step), *self._stored(step)]
         if kind == "fence":
             return [_FENCES.get(step.get("order", ""), f"{task} executes a barrier.")]
         simple = self._simple(step, task)
@@ -172,6 +175,11 @@ class Words:
             "wait": f"{task} waits{' on ' + what if what else ''}.",
             "sleep": f"{task} goes to sleep.",
             "wake": f"{task} wakes {obj if 'object' in step else 'a task'}.",
+            "flush": f"The store of {task} to {what} leaves its buffer: now the others see it.",
+            "relax": f"{task} goes round its waiting loop.",
+            "join": f"{task} waits for {obj if 'object' in step else 'a task'} to end.",
+            "barrier": f"{task} waits for the callbacks queued before ({domain}).",
+            "start": f"{task} starts.",
             "spawn": f"{task} starts {obj if 'object' in step else 'a task'}.",
             "end": f"{task} has ended.",
             "note": "",
@@ -245,6 +253,21 @@ class Words:
 
     def _before(self, step: Step) -> str:
         return self.tasks[self.trace["steps"][step["n"] - 2]["task"]] if step["n"] > 1 else "another task"
+
+
+def _grace(kind: str, domain: str) -> str:
+    """A reader section or grace period as a call: "rcu_read_lock()", "synchronize_srcu(uprobes) returns"."""
+    if domain in _SUFFIX:
+        section, wait, argument = f"rcu_{{}}{_SUFFIX[domain]}", f"synchronize_{domain}", ""
+    else:
+        section, wait, argument = "srcu_{}", "synchronize_srcu", domain
+    if kind in _SECTIONS:
+        return f"{section.format(_SECTIONS[kind])}({argument})"
+    return f"{wait}({argument}) {'begins' if kind == 'gp-start' else 'returns'}"
+
+
+def _end(sentence: str) -> str:
+    return sentence.rstrip(",") + "."
 
 
 def _list(names: list[str]) -> str:
