@@ -48,9 +48,14 @@ class TaskStruct(Struct):
     mm: Any = None
     utask: Any = None
 
-    # RCU read-side state; written by the task only, read by grace periods
+    # RCU read-side state; written by the task only, read by grace periods. The nesting is the kernel's; the
+    # other counts (modulo 256) ended sections, so that a stream of new ones does not hold up a writer.
     rcu_read_lock_nesting: int = 0
+    rcu_read_sections: int = 0
     trc_reader_nesting: int = 0
+    trc_reader_sections: int = 0
+    # which counters of the SRCU domain behind RCU Tasks Trace the outermost section uses
+    trc_reader_idx: int = untraced(default=0, init=False)
 
     # The model's own bookkeeping.
     preempt_count: int = untraced(default=0, init=False)
