@@ -82,15 +82,6 @@ from kmodel.sync.rwlock import (
     write_unlock,
 )
 from kmodel.sync.rwsem import (
-    MAX_READERS_WAKEUP,
-    RWSEM_FLAG_HANDOFF,
-    RWSEM_FLAG_WAITERS,
-    RWSEM_READER_BIAS,
-    RWSEM_READER_SHIFT,
-    RWSEM_WAIT_TIMEOUT,
-    RWSEM_WRITER_LOCKED,
-    RwSemaphore,
-    RwsemWaiter,
     down_read,
     down_read_killable,
     down_read_trylock,
@@ -104,6 +95,17 @@ from kmodel.sync.rwsem import (
     rwsem_is_locked,
     up_read,
     up_write,
+)
+from kmodel.sync.rwsem_waiters import (
+    MAX_READERS_WAKEUP,
+    RWSEM_FLAG_HANDOFF,
+    RWSEM_FLAG_WAITERS,
+    RWSEM_READER_BIAS,
+    RWSEM_READER_SHIFT,
+    RWSEM_WAIT_TIMEOUT,
+    RWSEM_WRITER_LOCKED,
+    RwSemaphore,
+    RwsemWaiter,
 )
 from kmodel.sync.seqcount import (
     Seqcount,

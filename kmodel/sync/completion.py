@@ -86,12 +86,13 @@ def _wait_for_completion(x: Completion, state: int, timeout: float | None) -> in
     ret = 0
     spin_lock(x.wait.lock)
     while not x.done:
-        if signal_pending_state(state):
-            ret = -EINTR
-            break
         if not entry.queued:
             __add_wait_queue_entry_tail(x.wait, entry)
         set_current_state(state)
+        # Asked after the state is set, so that a kill is either seen here or wakes us.
+        if signal_pending_state(state):
+            ret = -EINTR
+            break
         spin_unlock(x.wait.lock)
         left = None if deadline is None else deadline - engine().now()
         if left is None:

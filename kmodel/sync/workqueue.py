@@ -176,7 +176,11 @@ def _find_queued(pool: WorkerPool, work: WorkStruct) -> tuple[list[_Queued], _Qu
 
 
 def flush_work(work: WorkStruct) -> bool:
-    """Wait until the last queueing of the item so far has run to its end; False if it was idle."""
+    """Wait until the last queueing of the item so far has run to its end; False if it was idle.
+
+    An item that somebody else is just about to queue (pending, not on the list yet) counts as idle, as in the
+    kernel.
+    """
     might_sleep()
     pool = _pool
     spin_lock(pool.lock)
