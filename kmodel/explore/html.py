@@ -226,17 +226,18 @@ class _Lanes:
 
     def _cell(self, step: Step, said: list[str]) -> str:
         words = self.words
-        origin = words.origin(step)
+        code, origin = words.code(step), words.origin(step)
         outcome = " ".join(part for part in (words.outcome(step), f"← {origin}" if origin else "") if part)
         marks = "".join(
             f'<span class="mark {kind}">{escape(text)}</span> ' for kind, text in self._marks(step)
         )
         result = f' <span class="result">{escape(outcome)}</span>' if outcome else ""
         paragraphs = "".join(f"<p>{escape(sentence)}</p>" for sentence in said)
+        below = f'<div class="words">{paragraphs}</div>{_stack(step.get("stack"))}'
         return (
             f'{marks}<button type="button" class="do" data-step="{step["n"]}" tabindex="-1">'
-            f"<code>{_code(words.code(step))}</code>{result}</button>"
-            f'{_source(step.get("source"), words.code(step))}<div class="words">{paragraphs}</div>{_stack(step.get("stack"))}'
+            f"<code>{_code(code)}</code>{result}</button>"
+            f"{_source(step.get('source'), code)}{below}"
         )
 
     def _marks(self, step: Step) -> list[tuple[str, str]]:

@@ -60,7 +60,7 @@
       entries.forEach((entry, i) => {
         const may = seen.includes(i);
         const cell = element("td", entry.step === readStep ? "read" : "");
-        const sign = element("span", "", may ? "●" : "–");
+        const sign = element("span", "", may ? "●" : "·");
         sign.setAttribute("aria-hidden", "true");
         cell.append(sign, element("span", "hidden", may ? "may read it" : "cannot read it any more"));
         row.append(cell);

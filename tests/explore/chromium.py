@@ -161,6 +161,13 @@ class Page:
         assert "exceptionDetails" not in result, f"{expression}: {result['exceptionDetails']}"
         return result["result"].get("value")
 
+    def until(self, expression: str) -> None:
+        """Wait until a JavaScript expression is true."""
+        deadline = time.monotonic() + PATIENCE
+        while not self.evaluate(expression):
+            assert time.monotonic() < deadline, f"never: {expression}"
+            time.sleep(0.01)
+
     def text(self, selector: str) -> str:
         """The visible text of the first match."""
         return str(self.evaluate(f"document.querySelector({json.dumps(selector)}).innerText"))
