@@ -8,7 +8,8 @@
 #   4. uv, where uv is installed and can download;
 #   5. a build, where apt is: the source package of CPython from the mirror this machine's apt already uses. apt checks
 #      the signatures, its own lists and caches stay untouched, and the result is kept in the cache.
-# Nothing is ever installed system-wide, unless KMODEL_APT_INSTALL=1 lets root have apt install what step 5 lacks.
+# Nothing is ever installed system-wide, unless KMODEL_APT_INSTALL=1 lets root have apt install what step 5 lacks, and a
+# Chromium for the tests that drive one.
 #
 # Safe to interrupt and to run twice at once: an interpreter appears in the cache by one rename, and .venv counts as
 # ready only once its stamp exists, which is written last.
@@ -351,6 +352,23 @@ make_venv() {
     say "ready: .venv with $kind CPython $version"
 }
 
+# --- a browser -------------------------------------------------------------------------------------------------------
+
+# Chromium for the tests of the explorer's page, which are skipped without one: fetched only where packages may be added
+# at all, and never a reason to fail.
+add_browser() {
+    local name
+    local -a install=(apt-get -o Acquire::Retries=1 -o Acquire::http::Timeout=20 -o Acquire::https::Timeout=20)
+    [ "${KMODEL_APT_INSTALL:-0}" = 1 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 0
+    for name in "${KMODEL_CHROMIUM:-chromium}" chromium-browser google-chrome google-chrome-stable chrome; do
+        ! command -v "$name" >/dev/null || return 0
+    done
+    say "KMODEL_APT_INSTALL=1: apt-get install --no-install-recommends chromium fonts-dejavu-core"
+    { "${install[@]}" update -qq && DEBIAN_FRONTEND=noninteractive timeout 600 "${install[@]}" install -y -qq \
+        --no-install-recommends chromium fonts-dejavu-core; } >/dev/null 2>&1 </dev/null ||
+        say "notice: there is no Chromium to be had, so the tests of the explorer's page will be skipped"
+}
+
 # --- main ------------------------------------------------------------------------------------------------------------
 
 ! ready || exit 0
@@ -365,3 +383,4 @@ fi
 exec 9<pyproject.toml # as the lock: one set-up per tree, and no file beside .venv
 lock 9
 ready || make_venv
+add_browser
