@@ -1,4 +1,4 @@
-"""The stress suites: real threads against each other, for a few seconds under pytest and for hours if a person likes.
+"""The stress suites: real threads against each other, for seconds under pytest, for hours if a person likes.
 
     KMODEL_STRESS_SECONDS=600 KMODEL_STRESS_SEED=7 python -m pytest stress -p no:xdist
 

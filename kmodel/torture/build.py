@@ -118,7 +118,6 @@ def open_files(world: World, choice: Choice, files: dict[str, str]) -> None:
         file = open_file(name, contents=Path(path).read_bytes(), ino=Path(path).stat().st_ino)
         world.opened.append(file)
         world.inodes[path] = file.f_inode
-        world.inode_names[file.f_inode] = Path(path).name
 
 
 def load(world: World, name: str, source: Source) -> Process:

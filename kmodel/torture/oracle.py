@@ -16,7 +16,8 @@ from typing import Any
 
 import attrs
 
-from kmodel.core import ptr
+from kmodel.core import KernelObject, ptr
+from kmodel.fs import Inode
 
 RING = 64
 MOST_VIOLATIONS = 20
@@ -26,8 +27,17 @@ SHOWN_STEPS = 14
 
 
 def name_of(obj: Any) -> str:
-    """A short name that stays the same for one struct: its type and the end of its address."""
+    """A short name that stays the same for one struct: its type and the end of its address; of an inode,
+    its file.
+    """
+    if isinstance(obj, Inode):
+        return f"inode of {obj.path.rpartition('/')[2]}"
     return "NULL" if obj is None else f"{type(obj).__name__}@{ptr(obj) & 0xFFFFFFF:07x}"
+
+
+def show(value: Any) -> Any:
+    """A value of a remembered step as it is to be printed: structs by name, anything else as it is."""
+    return name_of(value) if value is None or isinstance(value, KernelObject) else value
 
 
 class Violated(Exception):
@@ -55,7 +65,10 @@ class TaskLog:
         counts[what] = counts.get(what, 0) + 1
 
     def note(self, text: str, *values: Any) -> None:
-        """Remember a step; `text` is a format for `values`, applied only if the step is ever shown."""
+        """Remember a step. `text` is a format for `values`, applied only if the step is ever shown; a struct
+        among them
+        is shown by its name.
+        """
         self.ring.append((time.monotonic_ns(), text, values))
 
     def steps(self) -> list[tuple[int, str]]:
@@ -65,7 +78,7 @@ class TaskLog:
                 kept = list(self.ring)
             except RuntimeError:  # the task appended meanwhile
                 continue
-            return [(at, text.format(*values) if values else text) for at, text, values in kept]
+            return [(at, text.format(*map(show, values)) if values else text) for at, text, values in kept]
         return []
 
 

@@ -113,7 +113,7 @@ class Descender(Task):
             before,
             after,
             took / 1000,
-            name_of(found),
+            found,
         )
         what = "absent" if found is None else f"to be {name_of(found)}, not {name_of(key.uprobe)}"
         self.me.oracle.violate(
@@ -150,7 +150,7 @@ class RefUser(Task):
                 log.count("get_refused")
             return
         ref = refcount_read(uprobe, "ref")
-        log.note("find_uprobe({}) with a reference -> {}, ref is {}", key.probe, name_of(uprobe), ref)
+        log.note("find_uprobe({}) with a reference -> {}, ref is {}", key.probe, uprobe, ref)
         if ref <= 0:
             self.revived(key, uprobe, ref, dying)
         if self.rng.random() < 0.2:

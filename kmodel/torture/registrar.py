@@ -13,7 +13,6 @@ from typing import Any
 
 from kmodel.slab import kfree, kzalloc
 from kmodel.sync import refcount_read
-from kmodel.torture.oracle import name_of
 from kmodel.torture.tasks import Task
 from kmodel.torture.watch import on_hit
 from kmodel.torture.world import Key, Member, TortureConsumer
@@ -57,13 +56,13 @@ class Registrar(Task):
             self.me.oracle.violate(self.log, "uprobe_register", f"{key.probe}: errno {-uprobe}")
         self.mine[key] = (uprobe, consumer)
         self.log.count("register")
-        self.log.note("uprobe_register({}) -> {}", key.probe, name_of(uprobe))
+        self.log.note("uprobe_register({}) -> {}", key.probe, uprobe)
 
     def unregister(self, key: Key) -> None:
         """uprobe_unregister_nosync(): handlers may go on for a while."""
         uprobe, consumer = self.mine.pop(key)
         ref = refcount_read(uprobe, "ref")
-        self.log.note("uprobe_unregister_nosync({}, {}) begins, ref is {}", key.probe, name_of(uprobe), ref)
+        self.log.note("uprobe_unregister_nosync({}, {}) begins, ref is {}", key.probe, uprobe, ref)
         uprobe_unregister_nosync(uprobe, consumer)
         self.log.note("uprobe_unregister_nosync({}) done", key.probe)
         self.log.count("unregister")

@@ -107,7 +107,7 @@ class Remapper(Task):
         file = world.open(key.inode)
         first = (slot.address & -PAGE_SIZE) - (pages // 2) * PAGE_SIZE
         pgoff = key.offset // PAGE_SIZE - pages // 2
-        what = f"mmap({pages} pages of {world.inode_name(key.inode)}, {name_of(file)})"
+        what = f"mmap({pages} pages of {name_of(key.inode)}, {name_of(file)})"
         self.me.intent = Intent(slot, Picture(key.inode, key.offset, world.label(*key.place)), what)
         mmap(self.mm, first, pages * PAGE_SIZE, PROT_RX, MAP_PRIVATE | MAP_FIXED, file, pgoff)
         fput(file)  # the mapping has its own reference: the next one over it frees the file

@@ -52,11 +52,11 @@ def speculated(
         "speculate {:#x}: seq {} -> {} -> {} -> {}, offset {:#x} -> {}: {}",
         address,
         seq,
-        name_of(vma),
-        name_of(file),
-        me.world.inode_name(inode),
+        vma,
+        file,
+        inode,
         offset,
-        name_of(uprobe),
+        uprobe,
         "accepted" if accepted else "seq has moved, thrown away",
     )
     slot = me.process.slots.get(address)
@@ -139,7 +139,7 @@ def wrong_speculation(
         f"  mmap_lock_speculate_try_begin    seq {seq}, even: no writer",
         f"  vma_lookup({address:#x})       {name_of(vma)}{_life(picture, 'vma', vma)}",
         f"  READ_ONCE(vma.vm_file)           {name_of(file)}{_life(picture, 'file', file)}",
-        f"  f_inode; vm_pgoff, vm_start      {world.inode_name(inode)}, offset {offset:#x}",
+        f"  f_inode; vm_pgoff, vm_start      {name_of(inode)}, offset {offset:#x}",
         f"  find_uprobe_rcu                  {name_of(uprobe)} = {found}",
         f"  and it was accepted              mm_lock_seq is {lock_sequence(mm)} by now",
         "the writers, by the journal:",
@@ -224,9 +224,9 @@ def check_place(me: Member, consumer: TortureConsumer, address: int) -> None:
 # ---------------------------------------------------------------------------------------- tree and references
 
 
-def dead_twin(_uprobe: Any) -> None:
+def dead_twin(uprobe: Any) -> None:
     """__insert_uprobe met a dying uprobe of its own key and took it out (uprobes/tree.py's observer)."""
     me = member()
     if me is not None:
         me.log.count("dead_twin")
-        me.log.note("insert {}: a dying twin was in its place", name_of(_uprobe))
+        me.log.note("insert {}: a dying twin was in its place", uprobe)

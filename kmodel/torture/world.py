@@ -87,11 +87,10 @@ class World:
     permanent: list[Key] = attrs.field(factory=list)
     contested: list[list[Key]] = attrs.field(factory=list)
     churned: list[Key] = attrs.field(factory=list)
-    # files with probes, held open: path -> inode, and names for showing
+    # files with probes, held open; path -> inode, and names of places for showing
     opened: list[Any] = attrs.field(factory=list)
     inodes: dict[str, Any] = attrs.field(factory=dict)
     labels: dict[Any, str] = attrs.field(factory=dict)
-    inode_names: dict[Any, str] = attrs.field(factory=dict)
 
     def open(self, inode: Any) -> Any:
         """A struct file of its own for the inode."""
@@ -100,11 +99,7 @@ class World:
     def label(self, inode: Any, offset: int) -> str:
         """A place in words."""
         known = self.labels.get((inode, offset))
-        return known if known is not None else f"{self.inode_name(inode)}+{offset:#x}"
-
-    def inode_name(self, inode: Any) -> str:
-        """A file in words."""
-        return "NULL" if inode is None else self.inode_names.get(inode, name_of(inode))
+        return known if known is not None else f"{name_of(inode)}+{offset:#x}"
 
 
 class Member:
