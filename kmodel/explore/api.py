@@ -12,10 +12,11 @@ from typing import Any
 
 from kmodel.explore.engine import ExploreEngine
 from kmodel.explore.events import Verdict, Violation
+from kmodel.explore.memory_lkmm import LkmmEngine
 from kmodel.explore.memory_sc import ScEngine
 from kmodel.explore.search import Search
 
-ENGINES: dict[str, type[ExploreEngine]] = {"sc": ScEngine}
+ENGINES: dict[str, type[ExploreEngine]] = {"sc": ScEngine, "lkmm": LkmmEngine}
 
 
 class Result:

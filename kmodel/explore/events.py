@@ -105,7 +105,7 @@ class Loc:
     __slots__ = (
         "allr",
         "allw",
-        "base",
+        "fclk",
         "field",
         "freed",
         "get",
@@ -146,10 +146,10 @@ class Loc:
         self.allr = self.allw = self.plainr = self.plainw = 0
         self.sync = 0
         # lkmm: the stores in coherence order, and the events that read
-        self.base: Any = None
         self.hist: list[Any] = []
         self.readers: list[Any] = []
         self.freed = -1
+        self.fclk = 0
 
     def __repr__(self) -> str:
         return f"{type(self.obj).__name__}#{self.kid}.{self.field}"
@@ -183,6 +183,7 @@ class Runner:
         "loc",
         "nocheck",
         "order",
+        "own",
         "owner",
         "pid",
         "pointers",
@@ -225,4 +226,5 @@ class Runner:
         self.owner: Runner | None = None  # tso: whose store buffer this pseudo-task drains
         self.flusher: Runner | None = None
         self.R = self.W = self.F = self.O = self.K = 0
+        self.own = 0
         self.pointers: dict[int, int] = {}

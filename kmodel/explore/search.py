@@ -25,6 +25,7 @@ class Node:
     """One step of the schedule that is being extended."""
 
     __slots__ = (
+        "asleep",
         "done",
         "enabled",
         "isw",
@@ -45,6 +46,7 @@ class Node:
         self.labels: list[Any] = []  # still to be tried for `task`
         self.todo = 1 << task
         self.done = 0
+        self.asleep = 0  # tasks of which every label sleeps
         self.enabled = enabled
         self.sleep = sleep
         self.previous = previous
@@ -91,13 +93,15 @@ class Search:
         sleep: dict[int, Any] = {}
         candidates = enabled
         labels = None
+        asleep = 0
         if d and self.sleeping:
             parent = stack[d - 1]
             if parent.sleep:
                 sleep = e.still_asleep(parent)
                 for t in sleep:
                     if candidates >> t & 1 and self.awake(e.runners[t], sleep) is None:
-                        candidates &= ~(1 << t)
+                        asleep |= 1 << t
+                candidates &= ~asleep
                 if not candidates:
                     e.over = "blocked"
                     return None
@@ -109,6 +113,7 @@ class Search:
             else:
                 chosen = e.runners[(candidates & -candidates).bit_length() - 1]
         node = Node(chosen.idx, enabled, sleep, e.last_runner)
+        node.asleep = asleep
         if e.labelled:
             labels = self.awake(chosen, sleep)
             node.label = chosen.label = labels[0]  # type: ignore[index]
@@ -192,7 +197,7 @@ class Search:
                 inside |= 1 << k
         if todo & first:
             return
-        if not e.labelled and node.sleep and any(first >> t & 1 for t in node.sleep):
+        if first & node.asleep:
             return
         possible = first & node.enabled
         if not possible:
@@ -230,7 +235,8 @@ class Search:
         while stack:
             node = stack[-1]
             if node.label is not None and self.sleeping:
-                node.sleep.setdefault(node.task, {})[node.label] = node.isw
+                # A new dict: nodes further up share the old one.
+                node.sleep[node.task] = {**node.sleep.get(node.task, {}), node.label: node.isw}
             if node.labels:
                 node.label = node.labels.pop(0)
                 e.plen = len(stack)
@@ -243,7 +249,7 @@ class Search:
             while rest:
                 bit = rest & -rest
                 task = bit.bit_length() - 1
-                if not e.labelled and task in node.sleep:
+                if node.asleep & bit:
                     node.done |= bit
                 elif self.bound is not None and self._too_many(node, task, len(stack) - 1):
                     self.cut += 1
