@@ -39,6 +39,7 @@ from kmodel.rcu.cblist import (
 )
 from kmodel.rcu.readers import SECTIONS_MASK, enter, leave, wait_for_readers
 from kmodel.rcu.stall import note_entry, rcu_stall
+from kmodel.sync.rcu_sync import register_grace_period
 
 _DOMAIN = "rcu"
 _record_entries = False
@@ -187,3 +188,7 @@ def rcu_barrier() -> None:
 def kfree_rcu(obj: Any) -> None:
     """Free `obj` after a grace period."""
     call_rcu(obj, kfree)
+
+
+# percpu_rw_semaphore's fast readers live in sync/, below this room: this is the grace period they need.
+register_grace_period(synchronize_rcu, call_rcu, rcu_read_lock, rcu_read_unlock)
