@@ -14,6 +14,7 @@ from kmodel.explore.engine import ExploreEngine
 from kmodel.explore.events import Verdict, Violation
 from kmodel.explore.memory_lkmm import LkmmEngine
 from kmodel.explore.memory_sc import ScEngine
+from kmodel.explore.progress import Progress, progress_of
 from kmodel.explore.search import Search
 
 ENGINES: dict[str, type[ExploreEngine]] = {"sc": ScEngine, "lkmm": LkmmEngine}
@@ -55,12 +56,15 @@ def explore(
     max_executions: int | None = None,
     max_seconds: float | None = None,
     races: bool = True,
+    progress: Callable[[Progress], bool] | None = None,
 ) -> Result:
-    """Explore."""
+    """Explore. `progress` is called now and then, by the calling thread; False asks the search to stop."""
     engine = ENGINES[memory](setup, threads, final, outcome, races=races)
     search = Search(reduce=strategy != "brute", preemptions=preemptions)
     search.attach(engine)
     why: list[str] = []
+    began = time.monotonic()
+    asked: list[str] = []
     deadline = None if max_seconds is None else time.monotonic() + max_seconds
 
     def stop() -> bool:
@@ -68,8 +72,16 @@ def explore(
             why.append(f"max_executions={max_executions}")
         elif deadline is not None and time.monotonic() >= deadline:
             why.append(f"max_seconds={max_seconds}")
+        elif asked:
+            why.append(asked[0])
         return bool(why)
 
     engine.stop = stop
-    engine.run()
+
+    def watch(running: ExploreEngine) -> bool:
+        if progress is not None and not progress(progress_of(running, time.monotonic() - began)):
+            asked.append("stopped")
+        return True
+
+    engine.run(watch)
     return Result(engine, search, why[0] if why else None)

@@ -6,8 +6,8 @@ Invariants:  none
 Leaves out:  a bound on the error: the search learns of alternatives as it goes, so early guesses are low
 Read next:   explore/search.py
 
-A depth-first search knows, for each step of the schedule it is at, which alternatives it has done and which it
-still has to. If alternatives are equally large, that says which part of the tree lies behind it.
+A depth-first search knows, for each step of the schedule it is at, which alternatives it has done and which
+it still has to. If alternatives are equally large, that says which part of the tree lies behind it.
 """
 
 from typing import Any

@@ -148,7 +148,7 @@ def find_scenario(name: str) -> Scenario:
 
 
 def load_scenario(target: str) -> Scenario:
-    """The scenario that a command names: of the catalogue, or FILE.py:FUNCTION. CatalogueError if unusable."""
+    """The scenario that a command names, in the catalogue or as FILE.py:FUNCTION; or CatalogueError."""
     path, colon, function = target.rpartition(":")
     if not colon:
         if target.endswith(".py"):
