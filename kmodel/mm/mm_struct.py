@@ -32,7 +32,7 @@ sysctl_max_map_count = 65530
 
 @kernel_struct
 class MmStruct(Pooled):
-    """An address space (struct mm_struct). `MmStruct()` and mm_alloc() both give an empty one with one user."""
+    """An address space (struct mm_struct). `MmStruct()` and mm_alloc() give an empty one with one user."""
 
     mmap_lock: RwSemaphore = embedded(factory=RwSemaphore)
     # odd: write-locked. A VMA whose vm_lock_seq equals it is write-locked too. Written under mmap_lock

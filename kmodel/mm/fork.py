@@ -1,0 +1,53 @@
+"""The life of an address space: mm_alloc, mmput, exit_mmap.
+
+Models:      kernel/fork.c, mm_alloc, mmput, __mmput; mm/mmap.c, exit_mmap (7.2)
+Guards:      mm_users, mm_count
+Invariants:  M1 of mm/mm_struct.py
+Leaves out:  dup_mmap (a later part), mmput_async, oom reaping
+Read next:   mm/mmap.py
+"""
+
+from kmodel.core import atomic_dec_and_test, might_sleep
+from kmodel.fs import task_work_run
+from kmodel.mm import hooks, mm_struct
+from kmodel.mm.flags import TASK_SIZE
+from kmodel.mm.maple_node import ULONG_MAX
+from kmodel.mm.maple_tree import mt_destroy
+from kmodel.mm.mm_struct import MmStruct, mm_init, mmdrop
+from kmodel.mm.mmap_lock import mmap_write_lock, mmap_write_unlock
+from kmodel.mm.vma_iter import vma_find, vma_iter_init, vma_iter_set
+from kmodel.mm.vma_lock import vma_mark_detached, vma_start_write
+from kmodel.mm.vma_unmap import VmaMunmapStruct, vms_clear_ptes, vms_complete_munmap_vmas
+from kmodel.slab import kmem_cache_zalloc
+
+
+def mm_alloc() -> MmStruct | None:
+    """An empty address space with one user, or None without memory."""
+    mm: MmStruct | None = kmem_cache_zalloc(mm_struct.mm_cachep)
+    return None if mm is None else mm_init(mm)
+
+
+def mmput(mm: MmStruct) -> None:
+    """Stop using the address space; the last user tears the mappings down. May sleep."""
+    might_sleep()
+    if atomic_dec_and_test(mm, "mm_users"):
+        hooks.uprobe_clear_state(mm)
+        exit_mmap(mm)
+        mmdrop(mm)
+        task_work_run()
+
+
+def exit_mmap(mm: MmStruct) -> None:
+    """Unmap everything. No user is left; others may hold the struct and look for a VMA to lock."""
+    mmap_write_lock(mm)
+    vms = VmaMunmapStruct(mm, 0, TASK_SIZE)
+    vmi = vma_iter_init(mm)
+    while (vma := vma_find(vmi, ULONG_MAX)) is not None:
+        vma_start_write(vma)
+        vma_mark_detached(vma)
+        vms.vmas.append(vma)
+        vma_iter_set(vmi, vma.vm_end)
+    mt_destroy(mm.mm_mt)
+    vms_clear_ptes(vms)
+    vms_complete_munmap_vmas(vms)
+    mmap_write_unlock(mm)
