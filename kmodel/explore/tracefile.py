@@ -128,6 +128,7 @@ class Trace(TypedDict):
     target: NotRequired[str]
     summary: NotRequired[str]
     removed_guards: NotRequired[list[str]]
+    broken: NotRequired[bool]
     memory: MemoryModel
     verdict: str
     search: NotRequired[Search]
@@ -260,7 +261,12 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
 
 def write_trace(path: str | os.PathLike[str], trace: Trace) -> None:
     """Write a trace as JSON, all of it or nothing."""
-    write_text(path, json.dumps(trace, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, trace_text(trace))
+
+
+def trace_text(trace: Trace) -> str:
+    """A trace as JSON."""
+    return json.dumps(trace, indent=1, ensure_ascii=False) + "\n"
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
