@@ -270,7 +270,7 @@ class LkmmEngine(ScEngine):
         self._check_store(me, d, loc, order)
         self._land(me, d, loc, value, view, me.label)
         if d >= self.plen - 1:
-            self._store_races(me, loc, loc.hist[_find(loc.hist, d)], None)
+            self._store_races(me, loc, loc.hist[_find(loc.hist, d)], None, clock)
         me.R |= bit
         me.W |= bit
         me.O |= view
@@ -310,9 +310,9 @@ class LkmmEngine(ScEngine):
                 each.pos = i
         return store
 
-    def _store_races(self, me: Runner, loc: Loc, new: Store | None, low: int | None) -> None:
+    def _store_races(self, me: Runner, loc: Loc, new: Store | None, low: int | None, clock: int) -> None:
         """Which earlier readers could have read `new`; from `low` on, which took what this one could have taken."""
-        old = seen = me.clock
+        seen = me.clock
         for reader in reversed(loc.readers):
             event = reader.event
             if seen >> event & 1:
@@ -326,7 +326,7 @@ class LkmmEngine(ScEngine):
                 took = reader.took
                 hit = took is not None and took.pos >= low and self._would_take(me, took.value)
             if hit:
-                self.search.race(event, old, me)
+                self.search.race(event, clock, me)
                 seen |= self.clk[event]
 
     @staticmethod
@@ -351,7 +351,8 @@ class LkmmEngine(ScEngine):
         new = update(old)
         if new is NO_STORE:
             if d >= self.plen - 1:
-                self._store_races(me, loc, None, self._rmw_floors(me, loc)[1])
+                clock = me.clock if store.event < 0 else me.clock | self.clk[store.event]
+                self._store_races(me, loc, None, self._rmw_floors(me, loc)[1], clock)
             self.read(me, d, loc, RMW, "relaxed")
         else:
             self._exchange(me, d, loc, store, new, order, RMW)
@@ -371,7 +372,7 @@ class LkmmEngine(ScEngine):
             clock |= self.clk[read.event]
         if order == "full":
             effect |= G_WRITE
-            clock |= self._touch(me, d, self.fences, True, me.clock)
+            clock = self._touch(me, d, self.fences, True, me.clock, clock)
             self._mb(me)
         self._check_store(me, d, loc, order)
         view = me.F | bit | read.view
@@ -379,7 +380,7 @@ class LkmmEngine(ScEngine):
             view |= me.K
         store = self._land(me, d, loc, new, view, read.event)
         if fresh:
-            self._store_races(me, loc, store, low_store)
+            self._store_races(me, loc, store, low_store, clock)
         read.glued = True
         loc.allr |= bit
         loc.readers.append(Reader(d, floor, _is_free if kind == LOCK else None, read))
@@ -415,30 +416,36 @@ class LkmmEngine(ScEngine):
             me.kind, me.loc = FENCE, None
             d = self.point(me)
             isw = bool((me.R | me.W | me.K) & ~self.G)
-            clock = me.clock | 1 << d | self._touch(me, d, self.fences, isw, me.clock)
+            clock = self._touch(me, d, self.fences, isw, me.clock, me.clock | 1 << d)
             self._mb(me)
             self.commit(me, d, clock, FENCE, None, G_WRITE if isw else G_READ)
         if self.recorder is not None:
             self.recorder.note(me, "fence", "", order=kind)
 
-    def _touch(self, me: Runner, d: int, res: Loc, isw: bool, old: int) -> int:
-        """An event uses something that only one order of events gives: races, and what must come before."""
-        if d >= self.plen - 1:
-            seen = old
-            for earlier in (*reversed(res.reads), res.lastw) if isw else (res.lastw,):
-                if earlier >= 0 and not seen >> earlier & 1:
-                    self.search.race(earlier, old, me)
-                    seen |= self.clk[earlier]
-        clock = res.wclk
+    def _touch(self, me: Runner, d: int, res: Loc, isw: bool, old: int, clock: int) -> int:
+        """An event, `old` before it, uses something whose users' order matters: find races, return its whole clock."""
+        clock |= res.wclk
         if isw:
             clock |= res.rclk
+            self._races(me, d, old, clock, [res.lastw, *res.reads])
             res.lastw = d
-            res.wclk = clock | old | 1 << d
+            res.wclk = clock
             res.rclk = 0
             res.reads.clear()
         else:
+            self._races(me, d, old, clock, [res.lastw])
             res.reads.append(d)
-            res.rclk |= clock | old | 1 << d
+            res.rclk |= clock
+        return clock
+
+    def _touch_both(self, me: Runner, d: int, res: Loc, old: int) -> int:
+        """An event that is a strong fence, and uses a domain too."""
+        events = sorted({res.lastw, *res.reads, self.fences.lastw, *self.fences.reads})
+        clock = old | 1 << d | res.wclk | res.rclk | self.fences.wclk | self.fences.rclk
+        self._races(me, d, old, clock, events)
+        for each in (res, self.fences):
+            each.lastw, each.wclk, each.rclk = d, clock, 0
+            each.reads.clear()
         return clock
 
     # -- waiting and locks
@@ -493,18 +500,14 @@ class LkmmEngine(ScEngine):
 
     def blocked_races(self, me: Runner) -> None:
         if me.kind == LOCK and me.loc is not None:
-            self._store_races(me, me.loc, None, self._rmw_floors(me, me.loc)[1])
+            self._store_races(me, me.loc, None, self._rmw_floors(me, me.loc)[1], me.clock)
 
     def relaxed(self, me: Runner) -> None:
         d = self.wait_until(me, _may_differ, "spins until something it read changes")
         clock = me.clock | 1 << d
         newer = sorted({s.event for loc, read in me.turn for s in loc.hist[read.pos + 1 :]})
-        if d >= self.plen - 1:
-            seen = me.clock
-            for event in reversed(newer[1:]):
-                if not seen >> event & 1:
-                    self.search.race(event, me.clock, me)
-                    seen |= self.clk[event]
+        if newer:
+            self._races(me, d, me.clock, me.clock | self.clk[newer[0]], newer[1:])
         for loc, _read in me.turn:
             # Stores reach everybody in the end: do not spin on what is old by now.
             last = loc.hist[-1]
@@ -579,16 +582,14 @@ class LkmmEngine(ScEngine):
         loc = self.loc_of(obj, next(iter(type(obj).__k_slots__)))
         me.kind, me.loc = FREE, loc
         d = self.point(me)
-        old = me.clock
-        clock = old | 1 << d
+        clock = me.clock | 1 << d
+        events: set[int] = set()
         for other in self.of_object[loc.kid]:
-            events = sorted({r.event for r in other.readers} | {s.event for s in other.hist if s.event >= 0})
-            seen = old
-            for event in reversed(events):
-                clock |= self.clk[event]
-                if d >= self.plen - 1 and not seen >> event & 1:
-                    self.search.race(event, old, me)
-                    seen |= self.clk[event]
+            events.update(r.event for r in other.readers)
+            events.update(s.event for s in other.hist if s.event >= 0)
+        for event in events:
+            clock |= self.clk[event]
+        self._races(me, d, me.clock, clock, sorted(events))
         for other in self.of_object[loc.kid]:
             other.freed = d
             other.fclk = clock
@@ -611,7 +612,7 @@ class LkmmEngine(ScEngine):
     def reader_event(self, me: Runner, kind: int, loc: Loc, dom: Any) -> int:
         me.kind, me.loc = kind, loc
         d = self.point(me)
-        clock = me.clock | 1 << d | self._touch(me, d, loc, False, me.clock)
+        clock = self._touch(me, d, loc, False, me.clock, me.clock | 1 << d)
         if kind == RCU_LOCK:
             view = dom.GP
             for i, gp in enumerate(dom.running):
@@ -632,8 +633,7 @@ class LkmmEngine(ScEngine):
     def gp_start(self, me: Runner, loc: Loc, dom: Any) -> int:
         me.kind, me.loc = GP_START, loc
         d = self.point(me)
-        clock = me.clock | 1 << d | self._touch(me, d, loc, True, me.clock)
-        clock |= self._touch(me, d, self.fences, True, me.clock)
+        clock = self._touch_both(me, d, loc, me.clock)
         self._mb(me)
         me.dirty = True
         self.ev_pred = -2
@@ -649,8 +649,7 @@ class LkmmEngine(ScEngine):
             old |= self.clk[event]
             me.K |= known
         me.K |= dom.RD
-        clock = old | 1 << d | self._touch(me, d, loc, True, old)
-        clock |= self._touch(me, d, self.fences, True, old)
+        clock = self._touch_both(me, d, loc, old)
         self._mb(me)
         dom.GP |= gp.view
         self.ev_pred = -2

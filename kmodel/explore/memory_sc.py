@@ -61,9 +61,9 @@ class ScEngine(ExploreEngine):
         old = me.clock
         bit = 1 << d
         last = loc.lastw
-        if last >= 0 and not old >> last & 1 and d >= self.plen - 1:
-            self.search.race(last, old, me)
         clock = old | loc.wclk | bit
+        if last >= 0 and not old >> last & 1 and d >= self.plen - 1:
+            self.search.race(last, clock, me)
         loc.reads.append(d)
         loc.rclk |= clock
         value = loc.get(loc.obj)  # type: ignore[misc]
@@ -104,16 +104,16 @@ class ScEngine(ExploreEngine):
         """The event of a store."""
         old = me.clock
         bit = 1 << d
+        clock = old | loc.wclk | loc.rclk | bit
         if d >= self.plen - 1:
             seen = old
             for earlier in reversed(loc.reads):
                 if not seen >> earlier & 1:
-                    self.search.race(earlier, old, me)
+                    self.search.race(earlier, clock, me)
                     seen |= self.clk[earlier]
             last = loc.lastw
             if last >= 0 and not seen >> last & 1:
-                self.search.race(last, old, me)
-        clock = old | loc.wclk | loc.rclk | bit
+                self.search.race(last, clock, me)
         obj = loc.obj
         loc.writes.append((d, loc.get(obj)))  # type: ignore[misc]
         loc.lastw = d
@@ -195,11 +195,7 @@ class ScEngine(ExploreEngine):
         me.kind, me.loc, me.arg = COND, loc, cond
         d = self.wait_until(me, _holds, f"{doing} on {field}")
         self._cond_races(me, loc)
-        old = me.clock
-        value = self.read(me, d, loc, COND, order)
-        if self.recorder is not None:
-            del old
-        return value
+        return self.read(me, d, loc, COND, order)
 
     def _cond_races(self, me: Runner, loc: Loc) -> None:
         """The condition may have held before some store."""
@@ -208,7 +204,7 @@ class ScEngine(ExploreEngine):
             if seen >> earlier & 1:
                 return
             if me.arg(before):
-                self.search.race(earlier, me.clock, me)
+                self.search.race(earlier, me.clock | loc.wclk, me)
                 return
 
     def blocked_races(self, me: Runner) -> None:
@@ -230,7 +226,7 @@ class ScEngine(ExploreEngine):
     def _lock_races(self, me: Runner, loc: Loc) -> None:
         earlier = loc.lastacq
         if earlier >= 0 and not me.clock >> earlier & 1:
-            self.search.race(earlier, me.clock, me)
+            self.search.race(earlier, me.clock | loc.wclk | loc.rclk, me)
 
     def spin_lock(self, obj: Any, field: str) -> None:
         me = self.cur
@@ -309,6 +305,16 @@ class ScEngine(ExploreEngine):
     def joined(self, me: Runner, other: Runner) -> None:
         me.K |= other.K
 
+    def _races(self, me: Runner, d: int, old: int, clock: int, earlier: list[int]) -> None:
+        """An event with the clock `clock`, `old` before it, conflicts with these; the last that come first race."""
+        if d < self.plen - 1:
+            return
+        seen = old
+        for event in reversed(earlier):
+            if event >= 0 and not seen >> event & 1:
+                self.search.race(event, clock, me)
+                seen |= self.clk[event]
+
     # -- the life of objects
 
     def freed(self, obj: Any) -> None:
@@ -321,14 +327,11 @@ class ScEngine(ExploreEngine):
         me.kind, me.loc = FREE, loc
         d = self.point(me)
         old, clock = me.clock, me.clock | 1 << d
+        earlier_events: list[int] = []
         for other in self.of_object[loc.kid]:
-            seen = old
-            if d >= self.plen - 1:
-                for earlier in (*reversed(other.reads), other.lastw):
-                    if earlier >= 0 and not seen >> earlier & 1:
-                        self.search.race(earlier, old, me)
-                        seen |= self.clk[earlier]
             clock |= other.wclk | other.rclk
+            earlier_events += (*other.reads, other.lastw)
+        self._races(me, d, old, clock, sorted(earlier_events))
         for other in self.of_object[loc.kid]:
             other.lastw, other.wclk, other.rclk, other.freed = d, clock, 0, d
             other.reads.clear()
@@ -356,10 +359,8 @@ class ScEngine(ExploreEngine):
         me.kind, me.loc = kind, loc
         d = self.point(me)
         old = me.clock
-        last = loc.lastw
-        if last >= 0 and not old >> last & 1 and d >= self.plen - 1:
-            self.search.race(last, old, me)
         clock = old | loc.wclk | 1 << d
+        self._races(me, d, old, clock, [loc.lastw])
         loc.reads.append(d)
         loc.rclk |= clock
         me.K |= loc.sync | 1 << d
@@ -371,13 +372,8 @@ class ScEngine(ExploreEngine):
         me.kind, me.loc = GP_START, loc
         d = self.point(me)
         old = me.clock
-        if d >= self.plen - 1:
-            seen = old
-            for earlier in (*reversed(loc.reads), loc.lastw):
-                if earlier >= 0 and not seen >> earlier & 1:
-                    self.search.race(earlier, old, me)
-                    seen |= self.clk[earlier]
         clock = old | loc.wclk | loc.rclk | 1 << d
+        self._races(me, d, old, clock, [loc.lastw, *loc.reads])
         loc.lastw, loc.wclk, loc.rclk = d, clock, 0
         loc.reads.clear()
         me.K |= 1 << d

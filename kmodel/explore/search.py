@@ -158,8 +158,12 @@ class Search:
 
     # -- races
 
-    def race(self, earlier: int, old: int, me: Runner) -> None:
-        """The access that `me` makes after the events `old` could come before event `earlier`: have that tried."""
+    def race(self, earlier: int, clock: int, me: Runner) -> None:
+        """The access that `me` makes, after the events `clock`, could come before event `earlier`: have that tried.
+
+        What leads there is every event since that does not depend on `earlier`, then the access. Any task that has the first
+        of them (one with nothing of them before it) will do, so nothing is added if one is to be tried already.
+        """
         if not self.reduce:
             return
         e = self.e
@@ -167,37 +171,19 @@ class Search:
         todo = node.todo
         clk, evt = e.clk, e.evt
         inside = first = 0
-        if old >> (earlier + 1):
-            for k in range(earlier + 1, e.depth):
-                clock = clk[k]
-                if clock >> earlier & 1:
-                    continue
-                if not clock & inside:
-                    bit = 1 << evt[k]
-                    if todo & bit:
-                        return
-                    first |= bit
-                inside |= 1 << k
-            if not old & inside:
-                first |= me.bit
-        else:
-            # Nothing that must come before it lies between: it is itself a first event. Are there others?
-            first = me.bit
-            if todo & first:
-                return
-            for k in range(earlier + 1, e.depth):
-                clock = clk[k]
-                if clock >> earlier & 1:
-                    continue
-                if not clock & inside:
-                    bit = 1 << evt[k]
-                    if todo & bit:
-                        return
-                    first |= bit
-                inside |= 1 << k
-        if todo & first:
-            return
-        if first & node.asleep:
+        for k in range(earlier + 1, e.depth):
+            its = clk[k]
+            if its >> earlier & 1:
+                continue
+            if not its & inside:
+                bit = 1 << evt[k]
+                if todo & bit:
+                    return
+                first |= bit
+            inside |= 1 << k
+        if not clock & inside:
+            first |= me.bit
+        if first & (todo | node.asleep):
             return
         possible = first & node.enabled
         if not possible:
