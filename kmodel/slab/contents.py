@@ -21,11 +21,12 @@ from kmodel.core import access as core_access
 
 @attrs.frozen(eq=False)
 class Layout:
-    """The fields of one kernel_struct class, sorted by who may watch them."""
+    """The fields of one kernel_struct class, sorted by how they are zeroed."""
 
-    watched: tuple[
-        tuple[str, Callable[[Any, Any], None], Any], ...
-    ]  # name, slot setter, value or attrs.Factory
+    names: tuple[tuple[str, Any], ...]  # every watched field, with its default: a value or an attrs.Factory
+    setters: tuple[Callable[[Any, Any], None], ...]  # their slots
+    constants: tuple[tuple[Callable[[Any, Any], None], Any], ...]  # the slots of those with a value
+    recipes: tuple[tuple[Callable[[Any, Any], None], Callable[[], Any]], ...]  # and of those with a factory
     unwatched: tuple[tuple[str, Any], ...]
     embedded: tuple[str, ...]
     has_atomics: bool
@@ -41,25 +42,34 @@ def layout_of(cls: type[Any]) -> Layout:
         return known
     slots = cls.__k_slots__
     fields = [f for f in attrs.fields(cls) if f.name not in cls.__k_embedded__]
-    values = {f.name: None if f.default is attrs.NOTHING else f.default for f in fields}
+    values: dict[str, Any] = {f.name: None if f.default is attrs.NOTHING else f.default for f in fields}
+    watched = [(name, value) for name, value in values.items() if name in slots]
     layout = Layout(
-        tuple((name, slots[name].__set__, value) for name, value in values.items() if name in slots),
-        tuple((name, value) for name, value in values.items() if name not in slots),
-        cls.__k_embedded__,
-        bool(cls.__k_atomic__),
+        names=tuple(watched),
+        setters=tuple(slots[name].__set__ for name, _ in watched),
+        constants=tuple((slots[name].__set__, value) for name, value in watched if not _is_recipe(value)),
+        recipes=tuple((slots[name].__set__, value.factory) for name, value in watched if _is_recipe(value)),
+        unwatched=tuple((name, value) for name, value in values.items() if name not in slots),
+        embedded=cls.__k_embedded__,
+        has_atomics=bool(cls.__k_atomic__),
     )
     _layouts[cls] = layout
     return layout
 
 
+def _is_recipe(value: Any) -> bool:
+    return isinstance(value, attrs.Factory)  # type: ignore[arg-type]
+
+
 def _fresh(value: Any) -> Any:
-    # An attrs default is a value or a recipe for one.
-    return value.factory() if isinstance(value, attrs.Factory) else value  # type: ignore[arg-type]
+    return value.factory() if _is_recipe(value) else value
 
 
 def _zero_slots(obj: Any, layout: Layout) -> None:
-    for _name, setter, value in layout.watched:
-        setter(obj, _fresh(value))
+    for setter, value in layout.constants:
+        setter(obj, value)
+    for setter, factory in layout.recipes:
+        setter(obj, factory())
 
 
 def zero_unseen(obj: Any) -> None:
@@ -96,7 +106,7 @@ def zero(obj: Any, *, readers: bool) -> None:
             _zero_slots(obj, layout)
     else:
         store = WRITE_ONCE if readers else setattr
-        for name, _setter, value in layout.watched:
+        for name, value in layout.names:
             store(obj, name, _fresh(value))
     for name, value in layout.unwatched:
         setattr(obj, name, _fresh(value))
@@ -107,7 +117,7 @@ def zero(obj: Any, *, readers: bool) -> None:
 def poison_contents(obj: Any) -> None:
     """Fill every watched field with POISON, embedded structs included."""
     layout = layout_of(type(obj))
-    for _name, setter, _value in layout.watched:
+    for setter in layout.setters:
         setter(obj, POISON)
     for name in layout.embedded:
         poison_contents(getattr(obj, name))
@@ -119,5 +129,9 @@ FREEPTR = 0x5A5A_A5A5_5A5A_A000
 
 def set_freepointer(obj: Any, fields: tuple[str, ...], value: Any) -> None:
     """The free list's link overwrites the fields it shares memory with; a reader may see it happen."""
-    for name in fields:
-        WRITE_ONCE(obj, name, value)
+    if core_access._tracer is None:
+        for name in fields:
+            setattr(obj, name, value)
+    else:
+        for name in fields:
+            WRITE_ONCE(obj, name, value)

@@ -161,9 +161,9 @@ def kmem_cache_create(
     is free. `ctor` runs once when an object's slab is allocated, not at each allocation. The rest
     overrides slab/options.py.
     """
-    unknown = set(freeptr_fields) - set(cls.__k_slots__)
+    unknown = set(freeptr_fields) - (set(cls.__k_slots__) - cls.__k_atomic__)
     if unknown:
-        raise TypeError(f"{name}: {cls.__name__} has no watched field {sorted(unknown)[0]!r}")
+        raise TypeError(f"{name}: {cls.__name__} has no plain field {sorted(unknown)[0]!r}")
     needed = [f.name for f in attrs.fields(cls) if f.init and f.default is attrs.NOTHING]
     if needed:
         raise TypeError(f"{name}: {cls.__name__}() cannot be built, it wants a value for {needed[0]!r}")
