@@ -9,7 +9,7 @@ Leaves out:  page tables (uprobes/ and the fault code keep what pages they need)
 Read next:   mm/mmap_lock.py; mm/fork.py for mm_alloc and mmput
 """
 
-from typing import Any, Self
+from typing import Any
 
 from kmodel.core import (
     Pooled,
@@ -69,12 +69,11 @@ class MmStruct(Pooled):
         self.mm_mt.ma_external_lock = self.mmap_lock
 
     @classmethod
-    def from_proc_maps(cls, path_or_pid: Any) -> Self:
-        """The address space that a /proc/PID/maps text describes (see mm/proc_maps.py)."""
+    def from_proc_maps(cls, path_or_pid: Any) -> "MmStruct":
+        """The address space that a /proc/PID/maps text describes (see mm/from_proc_maps.py)."""
         from kmodel.mm.from_proc_maps import load_proc_maps
 
-        mm: Self = load_proc_maps(path_or_pid)
-        return mm
+        return load_proc_maps(path_or_pid)
 
 
 mm_cachep: KmemCache
