@@ -15,9 +15,10 @@ from kmodel.explore.events import Verdict, Violation
 from kmodel.explore.memory_lkmm import LkmmEngine
 from kmodel.explore.memory_sc import ScEngine
 from kmodel.explore.progress import Progress, progress_of
+from kmodel.explore.memory_tso import TsoEngine
 from kmodel.explore.search import Search
 
-ENGINES: dict[str, type[ExploreEngine]] = {"sc": ScEngine, "lkmm": LkmmEngine}
+ENGINES: dict[str, type[ExploreEngine]] = {"sc": ScEngine, "tso": TsoEngine, "lkmm": LkmmEngine}
 
 
 class Result:

@@ -452,6 +452,10 @@ class ExploreEngine(Tracer):
     def joined(self, me: Runner, other: Runner) -> None:
         """What a task that has waited for another sees."""
 
+    def gone(self, other: Runner) -> bool:
+        """Whether a task has ended and all it stored is in memory."""
+        return other.finished
+
     def spawn(
         self, func: Callable[..., Any], args: tuple[Any, ...], comm: str, daemon: bool
     ) -> TaskStruct:
@@ -460,12 +464,11 @@ class ExploreEngine(Tracer):
     def wait_for(self, me: Runner, others: Sequence[Runner], doing: str) -> None:
         """Until these tasks have ended."""
         me.kind, me.loc, me.what = JOIN, None, others
-        d = self.wait_until(me, lambda _me: all(o.finished for o in others), doing)
-        clock = me.clock | 1 << d
+        d = self.wait_until(me, lambda _me: all(self.gone(o) for o in others), doing)
         for other in others:
-            clock |= other.clock
+            me.clock |= other.clock
             self.joined(me, other)
-        self.commit(me, d, clock, JOIN, None, False)
+        self.commit(me, d, me.clock | 1 << d, JOIN, None, False)
 
     def join(self, task: TaskStruct, timeout: float | None = None) -> bool:
         me, other = self.cur, self.by_task[task]

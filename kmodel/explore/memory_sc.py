@@ -145,8 +145,11 @@ class ScEngine(ExploreEngine):
     def plain_store(self, obj: Any, field: str, value: Any) -> None:
         self._store(obj, field, value, "plain")
 
-    load = _load
-    store = _store
+    def load(self, obj: Any, field: str, order: str) -> Any:
+        return self._load(obj, field, order)
+
+    def store(self, obj: Any, field: str, value: Any, order: str) -> None:
+        self._store(obj, field, value, order)
 
     def rmw(self, obj: Any, field: str, update: Callable[[Any], Any], order: str) -> Any:
         if field not in obj.__k_atomic__:

@@ -105,13 +105,12 @@ class Search:
                 if not candidates:
                     e.over = "blocked"
                     return None
-        if me is not None and candidates & me.bit:
+        if me is not None and me.flusher is not None and candidates & me.flusher.bit:
+            chosen = me.flusher  # the most ordinary thing is that a store arrives at once
+        elif me is not None and candidates & me.bit:
             chosen = me
         else:
-            if me is not None and me.flusher is not None and candidates & me.flusher.bit:
-                chosen = me.flusher
-            else:
-                chosen = e.runners[(candidates & -candidates).bit_length() - 1]
+            chosen = e.runners[(candidates & -candidates).bit_length() - 1]
         node = Node(chosen.idx, enabled, sleep, e.last_runner)
         node.asleep = asleep
         if e.labelled:

@@ -1,0 +1,172 @@
+"""Total store order: stores wait in their task's buffer, in order, and reach memory some time later.
+
+Models:      x86-64's memory, as the kernel runs on it
+Guards:      the engine's baton
+Invariants:  T1 stores of a task reach memory in program order, T2 a task reads its own buffer first,
+             T3 whatever is atomic or a full barrier waits for the buffer to drain
+Leaves out:  the compiler, which may reorder what lkmm lets it; rcu_read_unlock() drains here
+Read next:   explore/memory_lkmm.py
+
+Each task has a companion that drains its buffer; the search chooses when, as it chooses for tasks. Putting a store into
+the buffer is nobody else's business, so it is no event; its way to memory is.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from kmodel.core.struct import raw_set
+from kmodel.explore.events import FENCE, FLUSH, LOAD, Loc, Runner
+from kmodel.explore.memory_sc import ScEngine
+
+
+class TsoEngine(ScEngine):
+    """Explore with store buffers."""
+
+    memory = "tso"
+
+    def reset(self) -> None:
+        super().reset()
+        self.buffers: dict[int, list[tuple[Loc, Any, str, int, int, bool]]] = {}
+
+    def born(self, child: Runner, parent: Runner | None) -> None:
+        super().born(child, parent)
+        companion = Runner(len(self.runners), child.pid, child.task, None, ())
+        companion.started = companion.finished = companion.daemon = True
+        companion.owner, child.flusher = child, companion
+        companion.kind = FLUSH
+        companion.ready = self._full
+        companion.doing = "drains its store buffer"
+        self.buffers[child.idx] = []
+        self.runners.append(companion)
+        self.waiting.append(companion)
+
+    def _full(self, companion: Runner) -> bool:
+        assert companion.owner is not None
+        return bool(self.buffers[companion.owner.idx])
+
+    # -- accesses
+
+    def _load(self, obj: Any, field: str, order: str) -> Any:
+        me = self.cur
+        if me is not None:
+            buffer = self.buffers[me.idx]
+            if buffer:
+                for loc, value, *_ in reversed(buffer):
+                    if loc.obj is obj and loc.field == field:
+                        if self.recorder is not None:
+                            self.recorder.load(me, loc, LOAD, order, value, forwarded=True)
+                        return value
+            loc_or_none = self.locs.get((obj._k_id, field))
+            if loc_or_none is not None:
+                own = me.pointers.get(id(loc_or_none))
+                if own is not None:  # its own store to here has reached memory
+                    me.clock |= self.clk[own]
+        return super()._load(obj, field, order)
+
+    def _store(self, obj: Any, field: str, value: Any, order: str) -> None:
+        me = self.cur
+        if me is None:
+            raw_set(obj, field, value)
+            return
+        self._buffer(me, self.loc_of(obj, field), value, order)
+
+    def _buffer(self, me: Runner, loc: Loc, value: Any, order: str) -> None:
+        if loc.freed >= 0:
+            self.drain(me)
+        buffer = self.buffers[me.idx]
+        if not buffer:
+            assert me.flusher is not None
+            me.flusher.loc = loc
+        buffer.append((loc, value, order, me.clock, me.K, me.nocheck))
+        me.dirty = True
+        if self.recorder is not None:
+            self.recorder.buffered(me, loc, order, value)
+
+    def flush(self, runner: Runner) -> None:
+        owner = runner.owner
+        assert owner is not None
+        buffer = self.buffers[owner.idx]
+        loc, value, order, clock, known, nocheck = buffer.pop(0)
+        d = self.depth
+        runner.clock |= clock
+        runner.K |= known
+        runner.nocheck = nocheck
+        self.write(runner, d, loc, FLUSH, order, value)
+        runner.loc = buffer[0][0] if buffer else None
+        owner.K |= 1 << d
+        owner.pointers[id(loc)] = d
+        if self.recorder is not None:
+            self.recorder.store(runner, loc, FLUSH, order, value)
+
+    def drain(self, me: Runner | None) -> None:
+        """Wait until the task's stores are in memory."""
+        if me is None:
+            return
+        companion = me.flusher
+        assert companion is not None
+        buffer = self.buffers[me.idx]
+        if buffer:
+            me.kind, me.loc = FENCE, None
+            d = self.wait_until(me, lambda _me: not buffer, "waits for its store buffer to drain")
+            self.commit(me, d, me.clock | companion.clock | 1 << d, FENCE, None, False)
+        else:
+            me.clock |= companion.clock
+
+    def rmw(self, obj: Any, field: str, update: Callable[[Any], Any], order: str) -> Any:
+        self.drain(self.cur)
+        return super().rmw(obj, field, update, order)
+
+    def fence(self, kind: str) -> None:
+        if kind == "mb":
+            self.drain(self.cur)
+        super().fence(kind)
+
+    def _cond(self, obj: Any, field: str, cond: Callable[[Any], bool], order: str, doing: str) -> Any:
+        me = self.cur
+        if me is not None and any(loc.obj is obj and loc.field == field for loc, *_ in self.buffers[me.idx]):
+            self.drain(me)
+        return super()._cond(obj, field, cond, order, doing)
+
+    # -- locks, tasks, lives, grace periods: all of these contain full barriers or atomic operations
+
+    def spin_lock(self, obj: Any, field: str) -> None:
+        self.drain(self.cur)
+        super().spin_lock(obj, field)
+
+    def spin_unlock(self, obj: Any, field: str) -> None:
+        me = self.cur
+        if me is None:
+            raw_set(obj, field, 0)
+            return
+        loc = self.loc_of(obj, field)
+        self._buffer(me, loc, 0, "release")
+        if self.recorder is not None:
+            self.recorder.lock(me, loc, "unlock")
+
+    def spawn(self, func: Callable[..., Any], args: tuple[Any, ...], comm: str, daemon: bool) -> Any:
+        self.drain(self.cur)
+        return super().spawn(func, args, comm, daemon)
+
+    def run_later(self, func: Callable[[], None], delay: float, comm: str) -> None:
+        self.drain(self.cur)
+        super().run_later(func, delay, comm)
+
+    def gone(self, other: Runner) -> bool:
+        return other.finished and not self.buffers[other.idx]
+
+    def joined(self, me: Runner, other: Runner) -> None:
+        super().joined(me, other)
+        assert other.flusher is not None
+        me.clock |= other.flusher.clock
+
+    def freed(self, obj: Any) -> None:
+        self.drain(self.cur)
+        super().freed(obj)
+
+    def reader_event(self, me: Runner, kind: int, loc: Loc, dom: Any) -> int:
+        self.drain(me)
+        return super().reader_event(me, kind, loc, dom)
+
+    def gp_start(self, me: Runner, loc: Loc, dom: Any) -> int:
+        self.drain(me)
+        return super().gp_start(me, loc, dom)
