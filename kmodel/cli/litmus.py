@@ -72,6 +72,10 @@ def run(arguments: argparse.Namespace) -> int:
                 raise BadUsage(f"{arguments.file}: test {test.get('name', '?')}: {error!r}") from error
             finally:
                 line.clear()
+            if (
+                result.verdict is Verdict.FAIL
+            ):  # a litmus test asserts nothing, so it is the test that is wrong
+                raise BadUsage(f"{arguments.file}: test {test.get('name', '?')}: {result.violation}")
             report = Report(test, arguments.memory, result, time.monotonic() - started)
             print(report.line(), flush=True)
             if arguments.test or not report.agrees:
@@ -142,7 +146,7 @@ class Report:
     @property
     def agrees(self) -> bool:
         """Nothing forbidden was seen, and nothing is missing that the model and the bounds let through."""
-        if self.forbidden or self.result.verdict in (Verdict.FAIL, Verdict.INCONCLUSIVE):
+        if self.forbidden or self.result.verdict is Verdict.INCONCLUSIVE:
             return False
         return not self.missing or self.memory != "lkmm" or self.bounded
 
@@ -159,8 +163,8 @@ class Report:
             text += f", {len(self.forbidden)} FORBIDDEN"
         if self.missing and not self.bounded and self.memory == "lkmm":
             text += f", {len(self.missing)} MISSING"
-        if self.result.verdict in (Verdict.FAIL, Verdict.INCONCLUSIVE):
-            text += f", {self.result.violation or self.result.reason}"
+        if self.result.verdict is Verdict.INCONCLUSIVE:
+            text += f", {self.result.reason}"
         return f"{text}, {self.result.executions:,} executions, {duration(self.seconds)}"
 
     def table(self) -> list[str]:

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import kmodel
-from kmodel.cli import guards, stress
+from kmodel.cli import guards, litmus, stress
 
-COMMANDS = (stress, guards)
+COMMANDS = (stress, litmus, guards)
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
