@@ -43,11 +43,15 @@ class Leak:
 
 @contextmanager
 def _all_locks(cache: KmemCache) -> Iterator[None]:
-    with ExitStack() as held:
-        for _number, cpu in sorted(cache.cpus.items()):
-            held.enter_context(cpu._k_lock)
-        held.enter_context(cache._k_lock)
-        yield
+    while True:
+        with ExitStack() as held:
+            cpus = dict(cache.cpus)
+            for _number, cpu in sorted(cpus.items()):
+                held.enter_context(cpu._k_lock)
+            held.enter_context(cache._k_lock)
+            if len(cpus) == len(cache.cpus):  # a CPU that came meanwhile has a sheaf we have not locked
+                yield
+                return
 
 
 def _live(cache: KmemCache) -> list[Any]:
