@@ -197,22 +197,43 @@ class TracedField:
         self.slot.__delete__(obj)
 
 
+_built_inside: list[Any] | None = None
+
+
 def _traced_init(cls: type[Any]) -> Callable[..., None]:
     original = cls.__init__
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        global _built_inside
         tracer = access._tracer
         if tracer is None or type(self) is not cls:
             original(self, *args, **kwargs)
+            if _built_inside is not None:
+                _built_inside.append(self)
             return
         access._tracer = None  # initial values are not events
+        inside = _built_inside = []
         try:
             original(self, *args, **kwargs)
         finally:
-            access._tracer = tracer
+            access._tracer, _built_inside = tracer, None
         announce(self)
+        # What factories built beside the embedded structs: per-CPU instances, list heads, ...
+        embedded = _embedded_in(self)
+        for obj in inside:
+            if id(obj) not in embedded:
+                embedded |= _embedded_in(obj)
+                announce(obj)
 
     return __init__
+
+
+def _embedded_in(obj: Any) -> set[int]:
+    """The identities of a struct and of all that is embedded in it."""
+    found = {id(obj)}
+    for name in obj.__k_embedded__:
+        found |= _embedded_in(getattr(obj, name))
+    return found
 
 
 def announce(obj: Any) -> None:
@@ -325,6 +346,9 @@ def schedule_timeout(seconds: float) -> None:
 def wake_up_state(task: TaskStruct, mask: int) -> bool:
     """If `task` sleeps in a state of `mask`, make it runnable; whether it was asleep. Full barrier before the
     state is read."""
+    # The exchange alone is no barrier when it finds the task awake, and then what it saw might be old: the
+    # waker's change of the condition comes first. Pairs with the barrier in set_current_state().
+    access.smp_mb()
     old = access.rmw(task, "state", lambda state: TASK_RUNNING if state & mask else access.NO_STORE)
     if old & mask:
         engine().kick(task)
