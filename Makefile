@@ -37,7 +37,7 @@ check: setup
 	$(PY) -m pytest tests/test_layering.py -q -p no:xdist
 
 bench: setup
-	$(PY) benchmarks/uprobe_lookup.py $(ARGS)
+	$(PY) -m benchmarks.uprobe_lookup $(ARGS)
 
 # The interpreter in the per-user cache stays: it took minutes to build and serves every checkout.
 clean:
