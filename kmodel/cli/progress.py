@@ -79,7 +79,7 @@ def describe(progress: Progress) -> str:
         text += f" ({progress.blocked:,} cut short as redundant)"
     left = progress.remaining
     if left is not None:
-        text += f", about {progress.fraction:.1%} done, {duration(left)} left (a guess)"
+        text += f", at least {duration(left)} left"  # alternatives not met yet only add to it
     return text
 
 

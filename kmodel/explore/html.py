@@ -178,7 +178,7 @@ def _footer(replay: str) -> str:
     keys = (
         '<p class="keys">Keys: <kbd>←</kbd> <kbd>→</kbd> or <kbd>k</kbd> <kbd>j</kbd> step, '
         "<kbd>Home</kbd> <kbd>End</kbd> first and last, <kbd>s</kbd> next forced switch, "
-        "<kbd>v</kbd> where it breaks.</p>"
+        "<kbd>v</kbd> where it breaks, <kbd>p</kbd> private steps.</p>"
     )
     if not replay:
         return keys
@@ -198,6 +198,10 @@ class _Lanes:
         self.open: dict[int, dict[str, int]] = {
             task["id"]: {"reader": 0, "held": 0, "waiting": 0} for task in trace["tasks"]
         }
+        self.touched_by: dict[int, set[int]] = {}
+        for step in trace["steps"]:
+            if "location" in step:
+                self.touched_by.setdefault(step["location"], set()).add(step["task"])
 
     def table(self) -> str:
         """All of it."""
@@ -222,6 +226,8 @@ class _Lanes:
             else:
                 cells.append(f'<td class="{bar}"></td>')
         marks = "".join(f" is-{kind}" for kind, _text in self._marks(step))
+        if not marks and not step.get("notes") and self._private(step):
+            marks = " private"
         return f'<tr id="step-{n}" class="step{marks}"><th scope="row">{n}</th>{"".join(cells)}</tr>'
 
     def _cell(self, step: Step, said: list[str]) -> str:
@@ -238,6 +244,13 @@ class _Lanes:
             f'{marks}<button type="button" class="do" data-step="{step["n"]}" tabindex="-1">'
             f"<code>{_code(code)}</code>{result}</button>"
             f"{_source(step.get('source'), code)}{below}"
+        )
+
+    def _private(self, step: Step) -> bool:
+        """Whether it is an access to memory that no other task touches in this execution."""
+        return (
+            step["kind"] in ("load", "store", "rmw")
+            and len(self.touched_by.get(step.get("location", -1), ())) == 1
         )
 
     def _marks(self, step: Step) -> list[tuple[str, str]]:

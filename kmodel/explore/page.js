@@ -7,8 +7,10 @@
   if (last === 0) return;
 
   const names = new Map(trace.tasks.map((task) => [String(task.id), task.name]));
+  const privates = rows.filter((row) => row.classList.contains("private")).length;
   const breaksAt = rows.findIndex((row) => row.classList.contains("is-breaks")) + 1;
   let at = 0;
+  let shown = rows.map((_row, i) => i + 1);  // the numbers of the steps that are not hidden
 
   function element(tag, className, text) {
     const made = document.createElement(tag);
@@ -144,6 +146,7 @@
   function select(n, { quiet = false } = {}) {
     const next = Math.min(Math.max(n, 1), last);
     if (next === at) return;
+    if (!shown.includes(next)) showPrivate(true);
     at = next;
     const step = trace.steps[at - 1];
     const origin = step && step.read_from ? step.read_from.step : null;
@@ -157,11 +160,12 @@
       if (current) button.setAttribute("aria-current", "step");
       else button.removeAttribute("aria-current");
     });
-    byId("slider").value = at;
+    byId("slider").max = shown.length;
+    byId("slider").value = shown.indexOf(at) + 1;
     byId("slider").setAttribute("aria-valuetext", `step ${at} of ${last}`);
     byId("position").textContent = `${at} of ${last}`;
-    for (const id of ["first", "back"]) byId(id).disabled = at === 1;
-    for (const id of ["forward", "last"]) byId(id).disabled = at === last;
+    for (const id of ["first", "back"]) byId(id).disabled = at === shown[0];
+    for (const id of ["forward", "last"]) byId(id).disabled = at === shown[shown.length - 1];
     byId("switch").disabled = nextSwitch() === 0;
     byId("failure").disabled = breaksAt === 0 || breaksAt === at;
     showNow(at);
@@ -172,6 +176,26 @@
     }
   }
 
+  // Long executions have many steps that only matter to their own task: those can be left out.
+  function showPrivate(show) {
+    shown = rows.map((_row, i) => i + 1).filter((n) => show || !rows[n - 1].classList.contains("private"));
+    document.querySelector(".steps").classList.toggle("brief", !show);
+    byId("private").textContent = `${show ? "Hide" : "Show"} ${privates} private step${privates === 1 ? "" : "s"}`;
+  }
+
+  function togglePrivate() {
+    if (privates === 0) return;
+    showPrivate(shown.length < last);
+    const here = shown.includes(at) ? at : shown.find((n) => n > at) || shown[shown.length - 1];
+    at = 0;
+    select(here);
+  }
+
+  // The shown step that lies `by` further.
+  function along(by) {
+    return shown[Math.min(Math.max(shown.indexOf(at) + by, 0), shown.length - 1)];
+  }
+
   // The next step at which the task changes against its will; after the last of them the first. 0: there is none.
   function nextSwitch() {
     const all = rows.map((row, i) => (row.classList.contains("is-switch") ? i + 1 : 0)).filter(Boolean);
@@ -179,20 +203,21 @@
   }
 
   const actions = {
-    first: () => select(1),
-    back: () => select(at - 1),
-    forward: () => select(at + 1),
-    last: () => select(last),
+    first: () => select(shown[0]),
+    back: () => select(along(-1)),
+    forward: () => select(along(1)),
+    last: () => select(shown[shown.length - 1]),
     switch: () => select(nextSwitch() || at),
     failure: () => select(breaksAt || at),
+    private: togglePrivate,
   };
   const keys = {
     ArrowLeft: "back", k: "back", ArrowRight: "forward", j: "forward",
-    Home: "first", End: "last", s: "switch", v: "failure",
+    Home: "first", End: "last", s: "switch", v: "failure", p: "private",
   };
 
   for (const [id, action] of Object.entries(actions)) byId(id).addEventListener("click", action);
-  byId("slider").addEventListener("input", (event) => select(Number(event.target.value)));
+  byId("slider").addEventListener("input", (event) => select(shown[Number(event.target.value) - 1]));
   document.addEventListener("keydown", (event) => {
     const name = keys[event.key];
     if (!name || event.ctrlKey || event.altKey || event.metaKey) return;
@@ -216,6 +241,8 @@
   byId("memory").hidden = trace.locations.length === 0;
   fit();
   window.addEventListener("resize", fit);
+  byId("private").hidden = privates === 0;
+  showPrivate(privates <= 12 || shown.length - privates < 2);
   const wanted = fromAddress();
-  select(wanted || 1, { quiet: !wanted });
+  select(wanted || shown[0], { quiet: !wanted });
 })();

@@ -165,6 +165,62 @@ def test_the_address_names_the_step(page: Page, tmp_path: Path) -> None:
     page.until("document.querySelector('.step.current > th').textContent === '12'")
 
 
+def _busy() -> Any:
+    """A trace in which the reader also has twenty steps on memory of its own."""
+    trace: Any = message_passing()
+    trace["locations"].append({"id": 3, "name": "reader.stack", "initial": "0"})
+    own = [
+        {"n": 0, "task": 2, "kind": "load", "order": "plain", "location": 3, "value": "0"} for _ in range(20)
+    ]
+    trace["steps"][3]["read_from"]["newest"] = 1
+    trace["steps"][2:2] = own
+    trace["steps"][22]["read_from"]["step"] = 2
+    for n, step in enumerate(trace["steps"], 1):
+        step["n"] = n
+    for state in trace["steps"][22]["memory"]:
+        state["history"][1]["step"] = 2
+    trace["violation"]["step"] = 24
+    return trace
+
+
+def test_private_steps_are_left_out_at_first(page: Page, tmp_path: Path) -> None:
+    """Many steps on memory of one's own are hidden and counted; stepping skips them until they are asked for."""
+    _open(page, tmp_path, _busy())
+    reached = [_at(page)]
+    for key in ("j", "j", "j", "k"):
+        page.press(key)
+        reached.append(_at(page))
+
+    assert reached == ["1", "2", "23", "24", "23"]
+    assert page.text("#private") == "Show 20 private steps"
+
+    page.click("#private")
+    page.press("k")
+
+    assert _at(page) == "22"
+    assert page.text("#private") == "Hide 20 private steps"
+
+    page.press("p")
+
+    assert _at(page) == "23"
+
+
+def test_a_link_to_a_private_step_shows_it(page: Page, tmp_path: Path) -> None:
+    """An address that names a hidden step brings the hidden ones back."""
+    _open(page, tmp_path, _busy(), "#step-5")
+
+    assert _at(page) == "5"
+    assert page.text("#private") == "Hide 20 private steps"
+
+
+def test_few_private_steps_are_not_hidden(story: Page) -> None:
+    """Where there are only a few, everything is shown."""
+    assert (
+        story.evaluate("[...document.querySelectorAll('.step')].every((row) => row.offsetHeight > 0)") is True
+    )
+    assert story.evaluate("document.querySelectorAll('.step.private').length") == 0
+
+
 def test_the_step_is_explained(story: Page) -> None:
     """The panel says in words what the current step did, announces it, and shows its source line."""
     for _ in range(6):
