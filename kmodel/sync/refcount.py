@@ -25,7 +25,7 @@ from kmodel.core import (
     atomic_fetch_add_relaxed,
     guards,
     rmw,
-    smp_rmb,
+    smp_load_acquire,
     smp_store_release,
 )
 
@@ -179,9 +179,10 @@ def __refcount_dec_and_test(obj: Any, field: str) -> tuple[bool, int]:
 
 def _sub(obj: Any, field: str, old: int, n: int) -> bool:
     if old == n > 0:
-        # ACQUIRE of the control dependency: pairs with the release of everybody else's decrement, before the
-        # free.
-        smp_rmb()
+        # The kernel's smp_acquire__after_ctrl_dep(): the test of the count together with a read barrier is an
+        # acquire. Here our own 0 is read back as one, which orders the same: everybody else's release
+        # decrement before whatever the caller does to the object, loads and stores.
+        smp_load_acquire(obj, field)
         return True
     if old <= 0 or old < n:
         _saturate(obj, field, "underflow; use-after-free.")

@@ -44,7 +44,6 @@ from kmodel.core import (
     schedule,
     set_current_state,
     smp_load_acquire,
-    smp_rmb,
 )
 from kmodel.sync.rwsem_waiters import (
     READ_FAILED_MASK,
@@ -166,10 +165,9 @@ def _queue_reader(sem: RwSemaphore, state: int) -> int:
     wake_q: list[TaskStruct] = []
     spin_lock(sem.wait_lock)
     if not sem.wait_list:
-        if not READ_ONCE(sem, "count") & RWSEM_WRITER_LOCKED:
-            # Whoever was in the way is gone, and our share is in the word: we have the lock. ACQUIRE of the
-            # control dependency, pairs with the release of the writer's up_write().
-            smp_rmb()
+        # ACQUIRE: pairs with the release of the writer's up_write(), if that is who was in the way.
+        if not smp_load_acquire(sem, "count") & RWSEM_WRITER_LOCKED:
+            # Whoever was in the way is gone, and our share is in the word: we have the lock.
             spin_unlock(sem.wait_lock)
             return 0
         adjustment += RWSEM_FLAG_WAITERS

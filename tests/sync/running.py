@@ -1,9 +1,11 @@
 """Run a set of tasks on real threads or under seeds of the cooperative engine."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from kmodel.core import CoopEngine, TaskStruct, atomic_inc, cpu_relax, engine, kthread_run, variables
+from kmodel.sync import rcu_sync
 
 SEEDS = range(50)
 
@@ -64,3 +66,14 @@ def trace_of(seed: int, setup: Callable[[], Any], threads: Sequence[Callable[[An
 def kinds_of(trace: Iterable[Any]) -> list[str]:
     """What happened in a trace, without the where and the value."""
     return [step.kind for step in trace]
+
+
+@contextmanager
+def no_grace_periods() -> Iterator[None]:
+    """As if nobody had imported rcu/."""
+    before = (rcu_sync._synchronize, rcu_sync._call, rcu_sync.read_lock, rcu_sync.read_unlock)
+    rcu_sync._synchronize = rcu_sync._call = rcu_sync.read_lock = rcu_sync.read_unlock = None
+    try:
+        yield
+    finally:
+        rcu_sync._synchronize, rcu_sync._call, rcu_sync.read_lock, rcu_sync.read_unlock = before

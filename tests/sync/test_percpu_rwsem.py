@@ -40,13 +40,12 @@ from kmodel.sync import (
     register_grace_period,
 )
 from kmodel.sync.rcu_sync import GP_IDLE, GP_PASSED, RcuSync, rcu_sync_enter, rcu_sync_exit
-from tests.sync.running import failures, join_all, kinds_of, trace_of, under_seeds
+from tests.sync.running import failures, join_all, kinds_of, no_grace_periods, trace_of, under_seeds
 
 
 @kernel_struct
 class Readers(Struct):
-    """A grace period small enough to be tested with: how many readers are inside, and callbacks run at once.
-    """
+    """A grace period to test with: how many readers are inside, and callbacks that wait to be run."""
 
     inside: int = atomic(default=0)
     callbacks: list[tuple[Any, Callable[[Any], Any]]] = untraced(factory=list)
@@ -68,17 +67,6 @@ def grace_periods(readers: Readers) -> Iterator[None]:
         lambda: atomic_inc(readers, "inside"),
         lambda: atomic_dec(readers, "inside"),
     )
-    try:
-        yield
-    finally:
-        rcu_sync._synchronize, rcu_sync._call, rcu_sync.read_lock, rcu_sync.read_unlock = before
-
-
-@contextmanager
-def no_grace_periods() -> Iterator[None]:
-    """As if nobody had imported rcu/."""
-    before = (rcu_sync._synchronize, rcu_sync._call, rcu_sync.read_lock, rcu_sync.read_unlock)
-    rcu_sync._synchronize = rcu_sync._call = rcu_sync.read_lock = rcu_sync.read_unlock = None
     try:
         yield
     finally:
@@ -127,8 +115,7 @@ def test_slow_readers_have_both_barriers() -> None:
 
 
 def test_writer_has_both_barriers() -> None:
-    """Barrier D is the full exchange of `block`, C a full barrier after the counts; each is removable alone.
-    """
+    """Barrier D is the full exchange of `block`, C comes after the counts; each is removable alone."""
 
     def thread(sem: PercpuRwSemaphore) -> None:
         percpu_down_write(sem)
@@ -322,8 +309,7 @@ def test_waiters_get_in_order() -> None:
 
 
 def test_rcu_sync_shares_a_grace_period() -> None:
-    """Writers that come while one is inside wait for nothing, and the switch stays until the last has left.
-    """
+    """Writers that come while one is inside wait for nothing; the switch stays until the last has left."""
     readers = Readers()
     with grace_periods(readers):
         rss = RcuSync()

@@ -25,6 +25,7 @@ from kmodel.core import (
     set_current_state,
     untraced,
 )
+from kmodel.explore import explore
 from kmodel.sync import Rcuwait, rcuwait_active, rcuwait_wait_event, rcuwait_wake_up
 from kmodel.sync.rcuwait import finish_rcuwait, prepare_to_rcuwait
 from tests.sync.running import failures, kinds_of, on_threads, trace_of, under_seeds
@@ -94,7 +95,10 @@ def test_testing_before_announcing_loses_the_wake_up() -> None:
             schedule()
         finish_rcuwait(state.wait)
 
-    assert failures(Waited, [careless, waker]) == {Deadlock}
+    result = explore(Waited, careless, waker, memory="sc")
+
+    assert result.violation is not None
+    assert result.violation.kind == "lost-wakeup"
 
 
 def test_waking_before_the_condition_loses_the_wake_up() -> None:
@@ -108,8 +112,7 @@ def test_waking_before_the_condition_loses_the_wake_up() -> None:
 
 
 def test_signal_ends_a_killable_wait_only() -> None:
-    """A fatal signal gives -EINTR at any moment; an uninterruptible wait goes on until the condition holds.
-    """
+    """A fatal signal gives -EINTR at any moment; an uninterruptible wait goes on until its condition."""
 
     def killable(state: Waited) -> None:
         state.waiter = current()

@@ -146,7 +146,14 @@ def test_orderings() -> None:
         for _ in range(5):
             refcount_dec_and_test(obj, "ref")
 
-    expected = ["rmw-relaxed", "rmw-relaxed", "rmw-acquire", "rmw-acquire", *["rmw-release"] * 5, "rmb"]
+    expected = [
+        "rmw-relaxed",
+        "rmw-relaxed",
+        "rmw-acquire",
+        "rmw-acquire",
+        *["rmw-release"] * 5,
+        "load-acquire",
+    ]
     assert kinds_of(trace_of(0, Counted, [thread])) == expected
 
 

@@ -127,8 +127,7 @@ def test_re_arms_itself() -> None:
 
 
 def test_functions_may_not_sleep() -> None:
-    """H56: a timer's function runs with preemption off, so might_sleep() objects; afterwards it is back on.
-    """
+    """H56: a timer's function runs with preemption off, so might_sleep() objects; then it is back on."""
     said: list[str] = []
 
     def sleepy(timer: TimerList) -> None:

@@ -149,8 +149,7 @@ def test_threads() -> None:
 
 
 def test_cancel_takes_it_off_and_waits() -> None:
-    """Under 50 seeds after cancel_work_sync() the item neither is queued nor runs, and can be queued again.
-    """
+    """Under 50 seeds, after cancel_work_sync() the item is neither queued nor running, and can be queued."""
 
     def canceller(job: Job) -> None:
         requester(job)
