@@ -90,7 +90,7 @@ def test_testing_before_announcing_loses_the_wake_up() -> None:
 
     def careless(state: Waited) -> None:
         prepare_to_rcuwait(state.wait)
-        while not state.ready:
+        while not READ_ONCE(state, "ready"):
             set_current_state(TASK_UNINTERRUPTIBLE)
             schedule()
         finish_rcuwait(state.wait)
