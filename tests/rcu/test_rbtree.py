@@ -2,7 +2,6 @@
 reader may see.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -299,10 +298,3 @@ def test_insert_that_publishes_first_is_caught() -> None:
     """
     with guards.without("rb-init-before-publish"):
         assert any(search_while_publishing(seed) is not None for seed in range(51))
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    boot()
-    yield
-    boot()

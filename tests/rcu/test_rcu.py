@@ -4,7 +4,7 @@ seeded engine.
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,6 @@ from kmodel.core import (
     KernelBug,
     LockingBug,
     Struct,
-    UseAfterFree,
-    boot,
     cpu_relax,
     current,
     engine,
@@ -50,8 +48,7 @@ from kmodel.rcu import (
     synchronize_rcu,
     synchronize_rcu_expedited,
 )
-
-SEEDS = range(51)
+from tests.rcu.scenarios import SEEDS, run_everywhere, run_seed, run_threads, use_after_free
 
 
 @kernel_struct
@@ -59,34 +56,6 @@ class Foo(Struct):
     """What the pointer of the update scenario points at."""
 
     value: int = 0
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    boot()
-    yield
-    boot()
-
-
-def run_threads(setup: Callable[[], Any], threads: list[Callable[[Any], Any]]) -> Any:
-    """The scenario on real threads."""
-    state = setup()
-    tasks = [kthread_run(func, state, comm=func.__name__, daemon=False) for func in threads]
-    for task in tasks:
-        assert engine().join(task, 20)
-    return state
-
-
-def run_everywhere(setup: Callable[[], Any], threads: list[Callable[[Any], Any]]) -> Iterator[Any]:
-    """The scenario's final state on real threads and under every seed."""
-    yield run_threads(setup, threads)
-    for seed in SEEDS:
-
-        def fresh() -> Any:
-            boot()
-            return setup()
-
-        yield CoopEngine(seed).run(fresh, threads)
 
 
 # ------------------------------------------------------------------------------------------ who is waited for
@@ -124,13 +93,13 @@ def test_a_grace_period_waits_for_a_reader_that_was_there() -> None:
 
 
 @pytest.mark.parametrize("guard", ["rcu-wait", "rcu-nesting"])
-def test_not_waiting_is_caught(guard: str) -> None:
+def test_not_waiting_use_after_free(guard: str) -> None:
     """The broken twins: without the wait, or when any unlock counts, some seed ends the grace period too
     early.
     """
     setup, threads = before_and_after()
     with guards.without(guard):
-        assert 0 in {CoopEngine(seed).run(setup, threads).seen for seed in SEEDS}
+        assert 0 in {run_seed(seed, setup, threads).seen for seed in SEEDS}
 
 
 def leave_and_enter_again(grace_period_began: Callable[[], bool]) -> list[Callable[[Any], Any]]:
@@ -220,7 +189,7 @@ def test_order_of_the_two_words() -> None:
 
     def ends(seed: int) -> bool:
         try:
-            CoopEngine(seed).run(setup, [reader, updater])
+            run_seed(seed, setup, [reader, updater])
         except KernelBug:
             return False
         return True
@@ -264,23 +233,15 @@ def test_readers_never_see_what_was_freed_after_a_grace_period(free: Callable[[F
     assert all(3 <= state.got <= 9 for state in run_everywhere(*replace_and_free(free)))
 
 
-def test_freeing_at_once_is_caught() -> None:
+def test_freeing_at_once_use_after_free() -> None:
     """H08, broken twins: kfree without a grace period, or callbacks that run at once, are seen as a use after
     free.
     """
     setup, threads = replace_and_free(kfree)
-    assert any(is_caught(seed, setup, threads) for seed in SEEDS)
+    assert any(use_after_free(seed, setup, threads) for seed in SEEDS)
     setup, threads = replace_and_free(kfree_rcu)
     with guards.without("call-rcu-grace-period"):
-        assert any(is_caught(seed, setup, threads) for seed in SEEDS)
-
-
-def is_caught(seed: int, setup: Callable[[], Any], threads: list[Callable[[Any], Any]]) -> bool:
-    try:
-        CoopEngine(seed).run(setup, threads)
-    except UseAfterFree:
-        return True
-    return False
+        assert any(use_after_free(seed, setup, threads) for seed in SEEDS)
 
 
 def test_kfree_rcu_frees_once_the_reader_is_gone() -> None:
