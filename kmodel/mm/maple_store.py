@@ -325,13 +325,15 @@ def _plan_nodes(
         items = [item for item in items if item[0] < first] + _tail(lo, first) + leaf_items(hi.node, hi.max)
         dead.append(hi.node)
     items = _overlay(items, low, first, last, entry)
-    if len(items) < _least(mt.leaf_slots):
+    # Appending: nodes at the upper end of the tree are left full behind us, and may be small themselves.
+    at_end = hi.max == ULONG_MAX
+    if len(items) < _least(mt.leaf_slots) and not at_end:
         sibling, is_left = _take_sibling(left, right, level)
         if sibling is not None:
             more = leaf_items(sibling.node, sibling.max)
             items, low = (more + items, sibling.min) if is_left else (items + more, low)
             dead.append(sibling.node)
-    made = [_leaf(start, part, fresh) for start, part in _split_leaf(items, low, mt.leaf_slots)]
+    made = [_leaf(start, part, fresh) for start, part in _split_leaf(items, low, mt.leaf_slots, at_end)]
 
     while level:
         level -= 1
@@ -344,13 +346,13 @@ def _plan_nodes(
         dead.append(lo.node)
         if hi.node is not lo.node:
             dead.append(hi.node)
-        if len(members) < _least(mt.arange_slots):
+        if len(members) < _least(mt.arange_slots) and not at_end:
             sibling, is_left = _take_sibling(left, right, level)
             if sibling is not None:
                 kin = children(sibling.node, sibling.max)
                 members = kin + members if is_left else members + kin
                 dead.append(sibling.node)
-        made = [_arange(part, fresh) for part in _split(members, mt.arange_slots)]
+        made = [_arange(part, fresh) for part in _split(members, mt.arange_slots, at_end)]
     return StorePlan(mt, "ma_root", _new_root(mt, made, fresh, dead), dead=dead)
 
 
@@ -432,25 +434,28 @@ def _take_sibling(left: _Path, right: _Path, level: int) -> tuple[_Level | None,
     return None, False
 
 
-def _split[T](members: list[T], slots: int) -> list[list[T]]:
-    """Distribute over as few nodes as hold them, evenly."""
-    count = -(-len(members) // slots)
-    bounds = [len(members) * i // count for i in range(count + 1)]
-    return [members[a:b] for a, b in pairwise(bounds)]
+def _bounds(count: int, slots: int, packed: bool) -> list[int]:
+    """Where to cut `count` members into as few nodes as hold them: evenly, or with all but the last full."""
+    nodes = -(-count // slots)
+    if packed:
+        return [*range(0, count, slots), count]
+    return [count * i // nodes for i in range(nodes + 1)]
 
 
-def _split_leaf(items: list[LeafItem], low: int, slots: int) -> list[tuple[int, list[LeafItem]]]:
+def _split[T](members: list[T], slots: int, packed: bool = False) -> list[list[T]]:
+    """Distribute over nodes."""
+    return [members[a:b] for a, b in pairwise(_bounds(len(members), slots, packed))]
+
+
+def _split_leaf(
+    items: list[LeafItem], low: int, slots: int, packed: bool
+) -> list[tuple[int, list[LeafItem]]]:
     """Distribute over leaves so that none but the last ends in NULL (S2); with each part, where it begins."""
-    count = -(-len(items) // slots)
-    while True:
-        parts: list[tuple[int, list[LeafItem]]] = []
-        start, begin = 0, low
-        for i in range(1, count + 1):
-            end = len(items) * i // count
-            if i < count and items[end - 1][1] is None:
-                end -= 1  # the NULL range goes to the next leaf; the range before it is not NULL
-            parts.append((begin, items[start:end]))
-            start, begin = end, items[end - 1][0] + 1
-        if all(0 < len(part) <= slots for _, part in parts):
-            return parts
-        count += 1
+    # One slot is kept free where a NULL range may be moved on to the next leaf.
+    room = slots if len(items) <= slots else slots - 1
+    cuts = _bounds(len(items), room, packed)
+    for i in range(1, len(cuts) - 1):
+        if items[cuts[i] - 1][1] is None:
+            cuts[i] -= 1  # the NULL range goes to the next leaf; the range before it is not NULL
+    starts = [low] + [items[cut - 1][0] + 1 for cut in cuts[1:-1]]
+    return [(start, items[a:b]) for start, (a, b) in zip(starts, pairwise(cuts), strict=True)]

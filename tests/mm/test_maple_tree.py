@@ -187,7 +187,7 @@ def test_no_memory_changes_nothing(monkeypatch):
     rcu_barrier()
     before = list(mt_for_each(mt))
     live = maple_node.maple_leaf_cache.statistics().live
-    for failing in range(1, 6):
+    for failing in range(1, 30):
         left = failing
         real = maple_node.kmem_cache_zalloc
 
