@@ -1,0 +1,69 @@
+"""Uprobes: from a breakpoint hit to its handlers, and everything that lets that path run without locks."""
+
+from kmodel.uprobes.arch import UPROBE_SWBP_INSN, UPROBE_SWBP_INSN_SIZE, ArchUprobe, PtRegs
+from kmodel.uprobes.consumer import (
+    UPROBE_HANDLER_IGNORE,
+    UPROBE_HANDLER_NORMAL,
+    UPROBE_HANDLER_REMOVE,
+    UprobeConsumer,
+)
+from kmodel.uprobes.handler import handle_swbp
+from kmodel.uprobes.lifetime import get_uprobe, put_uprobe, try_get_uprobe
+from kmodel.uprobes.lookup import find_active_uprobe_rcu, find_active_uprobe_speculative
+from kmodel.uprobes.mm_hooks import (
+    uprobe_clear_state,
+    uprobe_dup_mmap,
+    uprobe_end_dup_mmap,
+    uprobe_mmap,
+    uprobe_munmap,
+    uprobe_start_dup_mmap,
+)
+from kmodel.uprobes.pages import fetch_opcode
+from kmodel.uprobes.register import (
+    uprobe_apply,
+    uprobe_register,
+    uprobe_unregister,
+    uprobe_unregister_nosync,
+    uprobe_unregister_sync,
+)
+from kmodel.uprobes.schemes import SCHEMES, Scheme
+from kmodel.uprobes.tree import find_uprobe_rcu, uprobe_is_active
+from kmodel.uprobes.uprobe import Uprobe
+from kmodel.uprobes.utask import exc_int3, force_sig, forced_signals
+
+__all__ = [
+    "SCHEMES",
+    "UPROBE_HANDLER_IGNORE",
+    "UPROBE_HANDLER_NORMAL",
+    "UPROBE_HANDLER_REMOVE",
+    "UPROBE_SWBP_INSN",
+    "UPROBE_SWBP_INSN_SIZE",
+    "ArchUprobe",
+    "PtRegs",
+    "Scheme",
+    "Uprobe",
+    "UprobeConsumer",
+    "exc_int3",
+    "fetch_opcode",
+    "find_active_uprobe_rcu",
+    "find_active_uprobe_speculative",
+    "find_uprobe_rcu",
+    "force_sig",
+    "forced_signals",
+    "get_uprobe",
+    "handle_swbp",
+    "put_uprobe",
+    "try_get_uprobe",
+    "uprobe_apply",
+    "uprobe_clear_state",
+    "uprobe_dup_mmap",
+    "uprobe_end_dup_mmap",
+    "uprobe_is_active",
+    "uprobe_mmap",
+    "uprobe_munmap",
+    "uprobe_register",
+    "uprobe_start_dup_mmap",
+    "uprobe_unregister",
+    "uprobe_unregister_nosync",
+    "uprobe_unregister_sync",
+]

@@ -1,0 +1,148 @@
+"""How a uprobe lives and dies: references, and the chain that ends in its free.
+
+Models:      kernel/events/uprobes.c, get_uprobe, try_get_uprobe, put_uprobe, uprobe_free_deferred (7.2)
+Guards:      ref is a refcount_t; the tree link is under uprobes_treelock
+Invariants:  U1 ref never goes from 0 to 1, U3 freed only after work -> SRCU -> RCU tasks trace, U4 out of the
+             tree before either grace period starts, so that no new reader can find it while it is waited for
+Leaves out:  nothing
+Read next:   uprobes/find_refcount.py, where U1 was in danger (H01)
+
+Who may still look at a uprobe when its last reference goes, and what waits for them:
+    a task in handle_swbp, as RCU tasks trace reader        call_rcu_tasks_trace
+    a task whose probed function has not returned yet       call_srcu(uretprobes_srcu)
+put_uprobe() may be called from a timer (softirq), where taking the treelock is not allowed: hence the work
+item (H56).
+"""
+
+from kmodel.core import (
+    Struct,
+    atomic,
+    atomic_dec,
+    atomic_inc,
+    guards,
+    initcall,
+    kernel_struct,
+    smp_cond_load_acquire,
+)
+from kmodel.rcu import SrcuStruct, call_rcu_tasks_trace, call_srcu, rb_erase
+from kmodel.slab import kfree
+from kmodel.sync import (
+    WorkStruct,
+    mutex_lock,
+    mutex_unlock,
+    refcount_dec_and_test,
+    refcount_inc,
+    refcount_inc_not_zero,
+    schedule_work,
+    write_lock,
+    write_seqcount_begin,
+    write_seqcount_end,
+    write_unlock,
+)
+from kmodel.uprobes import delayed, tree
+from kmodel.uprobes.uprobe import Uprobe
+
+guards.register(
+    "free-without-grace-period", "H08: a task in handle_swbp walks the consumers of a freed uprobe"
+)
+guards.register("no-srcu-wait", "H08: the uprobe is freed while a return instance still leases it")
+guards.register("no-tasks-trace-wait", "H08: the uprobe is freed while a task in handle_swbp still uses it")
+guards.register("no-active-test", "H07: a node that __insert_uprobe took out of the tree is taken out again")
+
+
+@kernel_struct
+class UprobeLedger(Struct):
+    """The model's own count of the dying: uprobes whose last reference is gone and whose free is not done."""
+
+    dying: int = atomic(default=0)
+
+
+uretprobes_srcu: SrcuStruct
+ledger: UprobeLedger
+
+
+@initcall
+def uprobes_lifetime_init() -> None:
+    """Create the SRCU domain that return probes live in."""
+    global uretprobes_srcu, ledger
+    uretprobes_srcu = SrcuStruct("uretprobes_srcu")
+    ledger = UprobeLedger()
+
+
+def get_uprobe(uprobe: Uprobe) -> Uprobe:
+    """One more reference, by somebody who has one."""
+    refcount_inc(uprobe, "ref")
+    return uprobe
+
+
+def try_get_uprobe(uprobe: Uprobe) -> Uprobe | None:
+    """A reference by somebody who only knows that the memory stays: a reader (tasks trace, SRCU) or holder of
+    the treelock.
+
+    None if the uprobe is dying already: nothing may revive it (U1).
+    """
+    if refcount_inc_not_zero(uprobe, "ref"):
+        return uprobe
+    return None
+
+
+def put_uprobe(uprobe: Uprobe) -> None:
+    """Drop a reference; the last one starts the chain below."""
+    if not refcount_dec_and_test(uprobe, "ref"):
+        return
+    if "free-without-grace-period" in guards.removed:
+        erase_uprobe(uprobe)
+        kfree(uprobe)
+        return
+    atomic_inc(ledger, "dying")
+    uprobe.work = WorkStruct(uprobe_free_deferred, container=uprobe)
+    schedule_work(uprobe.work)
+
+
+def erase_uprobe(uprobe: Uprobe) -> None:
+    """Take the uprobe out of the tree, unless __insert_uprobe did so when it met it dead."""
+    write_lock(tree.uprobes_treelock)
+    if tree.uprobe_is_active(uprobe) or "no-active-test" in guards.removed:
+        write_seqcount_begin(tree.uprobes_seqcount)
+        rb_erase(uprobe, tree.uprobes_tree)
+        write_seqcount_end(tree.uprobes_seqcount)
+    write_unlock(tree.uprobes_treelock)
+
+
+def uprobe_free_deferred(work: WorkStruct) -> None:
+    """In a worker, after the last put: out of the tree, then wait for both kinds of readers."""
+    uprobe: Uprobe = work.container
+    erase_uprobe(uprobe)
+
+    # If the probed mapping went away before the unregister, no remove_breakpoint() dropped the entry (H53).
+    mutex_lock(delayed.delayed_uprobe_lock)
+    delayed.delayed_uprobe_remove(uprobe, None)
+    mutex_unlock(delayed.delayed_uprobe_lock)
+
+    if "no-srcu-wait" in guards.removed:
+        uprobe_free_srcu(uprobe)
+        return
+    call_srcu(uretprobes_srcu, uprobe, uprobe_free_srcu)
+
+
+def uprobe_free_srcu(uprobe: Uprobe) -> None:
+    """After every return instance that leased the uprobe has given it back."""
+    if "no-tasks-trace-wait" in guards.removed:
+        uprobe_free_rcu_tasks_trace(uprobe)
+        return
+    call_rcu_tasks_trace(uprobe, uprobe_free_rcu_tasks_trace)
+
+
+def uprobe_free_rcu_tasks_trace(uprobe: Uprobe) -> None:
+    """After every task that was in handle_swbp has left it: nobody can see the uprobe now."""
+    kfree(uprobe)
+    atomic_dec(ledger, "dying")
+
+
+def wait_for_frees() -> None:
+    """Not in Linux: wait until every uprobe whose last reference was dropped is freed."""
+    smp_cond_load_acquire(ledger, "dying", _none)
+
+
+def _none(count: int) -> bool:
+    return count == 0
