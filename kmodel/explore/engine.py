@@ -34,10 +34,9 @@ from kmodel.explore.events import (
     Runner,
     Violation,
 )
-from kmodel.explore.oracles import Oracles, classify
 from kmodel.explore.names import Names
+from kmodel.explore.oracles import Oracles, classify
 from kmodel.explore.rcu_spec import RcuSpecification
-
 
 PARK: Any = object()
 """What a thread does when the baton is elsewhere."""
@@ -79,6 +78,8 @@ class ExploreEngine(Tracer):
         self.violation: Violation | None = None
         self.error: BaseException | None = None  # not the model's: raised by whoever explores
         self.nondeterminism: str | None = None
+        self.hang: str | None = None
+        self.working: Baton | None = None  # the thread that runs setup() or final()
         # the schedule: nodes of the search, how many of them are replayed
         self.stack: list[Any] = []
         self.plen = 0
@@ -88,6 +89,8 @@ class ExploreEngine(Tracer):
         self.unwound = baton.gate()
         self.closed = False
         self.abandoned = False
+        self.first: tuple[str | None, int, Any] | None = None
+        self.checking = False
         self.externals: dict[int, tuple[Any, int, dict[str, Any]]] = {}
         self.reset()
 
@@ -105,7 +108,9 @@ class ExploreEngine(Tracer):
         self.of_object: dict[int, list[Loc]] = {}
         self.freed_objects: dict[int, int] = {}
         self.built: dict[int, Any] = {}
-        self.inside: dict[int, tuple[Any, str]] = {}  # id() of an embedded struct -> the one it is part of, its name
+        self.inside: dict[
+            int, tuple[Any, str]
+        ] = {}  # id() of an embedded struct -> the one it is part of, its name
         self.roots: dict[int, int] = {}  # name of an embedded struct -> name of the outermost one
         self.domains: dict[Any, Any] = {}
         self.allocated_now: dict[int, Any] = {}
@@ -117,6 +122,7 @@ class ExploreEngine(Tracer):
         self.ev_kind = START
         self.state: Any = None
         self.broken: Violation | None = None
+        self.collected: Any = None
 
     # -- the whole exploration, seen from its caller
 
@@ -200,6 +206,7 @@ class ExploreEngine(Tracer):
         for obj, _kid, values in self.externals.values():
             for field, value in values.items():
                 type(obj).__k_slots__[field].__set__(obj, value)
+        self.working = mine
         boot = TaskStruct(pid=0, comm="setup")
         self.boot_task = boot
         bind_thread(boot)
@@ -245,24 +252,45 @@ class ExploreEngine(Tracer):
                 runner.unwinding = True
                 runner.baton.wake()
                 self.unwound.acquire()
-        if self.nondeterminism is not None:
+        if self.nondeterminism is not None or self.hang is not None:
             return False
-        self.steps += self.depth
-        if reason == "blocked":
+        if reason != "blocked" and reason != "steps" and self.broken is None:
+            self._judge()
+            if self.hang is not None:
+                return False
+        if self.checking:
+            if not self._as_before(reason):
+                return False
+        elif reason == "blocked":
             self.blocked += 1
         else:
             self.executions += 1
             if reason == "steps":
                 self.cut += 1
-            elif self.broken is None:
-                self._judge()
             if self.broken is not None:
                 self.violation = self.broken
+        self.steps += self.depth
         if self.recorder is not None:
             self.recorder.end(self)
-        if self.search.advance(reason) and not self.stop():
+        if self.first is None and self.violation is None and self.search.exhausts:
+            # Run the first execution twice: a model that is not deterministic shows at once, and not as a strange result.
+            self.first = (reason, self.depth, self.collected)
+            self.checking = True
+            self.plen = len(self.stack)
             return True
-        self.over = "end"
+        self.checking = False
+        return bool(self.search.advance(reason)) and not self.stop()
+
+    def _as_before(self, reason: str | None) -> bool:
+        if self.first == (reason, self.depth, self.collected) and self.broken is None:
+            return True
+        before, now = self.first, (reason, self.depth, self.collected)
+        assert before is not None
+        self.nondeterminism = (
+            f"the first execution was run twice and ended differently: {before[0]} after {before[1]} steps with outcome "
+            f"{before[2]!r}, then {now[0]} after {now[1]} steps with outcome {now[2]!r}"
+            + (f" and {self.broken}" if self.broken is not None else "")
+        )
         return False
 
     def _judge(self) -> None:
@@ -272,7 +300,8 @@ class ExploreEngine(Tracer):
             if self.final is not None:
                 self.final(self.state)
             if self.outcome is not None:
-                self.outcomes.add(self.outcome(self.state))
+                self.collected = self.outcome(self.state)
+                self.outcomes.add(self.collected)
         except BaseException as error:  # noqa: BLE001  # an assertion of final() is what was looked for
             self.broken = classify(error, None, None)
         finally:
@@ -423,9 +452,7 @@ class ExploreEngine(Tracer):
 
     # -- tasks
 
-    def _add(
-        self, func: Callable[..., Any], args: tuple[Any, ...], comm: str, daemon: bool
-    ) -> Runner:
+    def _add(self, func: Callable[..., Any], args: tuple[Any, ...], comm: str, daemon: bool) -> Runner:
         parent = self.cur
         if parent is None:
             self.boot_children += 1
@@ -456,9 +483,7 @@ class ExploreEngine(Tracer):
         """Whether a task has ended and all it stored is in memory."""
         return other.finished
 
-    def spawn(
-        self, func: Callable[..., Any], args: tuple[Any, ...], comm: str, daemon: bool
-    ) -> TaskStruct:
+    def spawn(self, func: Callable[..., Any], args: tuple[Any, ...], comm: str, daemon: bool) -> TaskStruct:
         return self._add(func, args, comm, daemon).task  # type: ignore[no-any-return]
 
     def wait_for(self, me: Runner, others: Sequence[Runner], doing: str) -> None:
@@ -469,6 +494,8 @@ class ExploreEngine(Tracer):
             me.clock |= other.clock
             self.joined(me, other)
         self.commit(me, d, me.clock | 1 << d, JOIN, None, False)
+        if self.recorder is not None:
+            self.recorder.waits(me, "join", doing[0].upper() + doing[1:] + ".")
 
     def join(self, task: TaskStruct, timeout: float | None = None) -> bool:
         me, other = self.cur, self.by_task[task]
@@ -491,6 +518,8 @@ class ExploreEngine(Tracer):
         # A timer may fire at any moment; but nobody waits for a daemon that does nothing but sleep.
         d = self.wait_until(me, self._somebody_works, "sleeps with a timeout")
         self.commit(me, d, me.clock | 1 << d, SLEEP, None, False)
+        if self.recorder is not None:
+            self.recorder.waits(me, "sleep", "The timer fires, or somebody wakes it.")
 
     def _somebody_works(self, me: Runner) -> bool:
         if not me.daemon:
@@ -558,6 +587,14 @@ class ExploreEngine(Tracer):
     def new_loc(self, loc: Loc) -> None:
         """Hook of the memory models."""
 
+    def initial_value(self, loc: Loc) -> Any:
+        """What a location held when the tasks began (for the record)."""
+        return loc.writes[0][1] if loc.writes else raw_get(loc.obj, loc.field)
+
+    def visible(self, loc: Loc) -> dict[str, list[int]] | None:
+        """Which entries of a location's history each task may still read; None: the last (for the record)."""
+        return None
+
     # -- waits that every model has
 
     def _cond(self, obj: Any, field: str, cond: Callable[[Any], bool], order: str, doing: str) -> Any:
@@ -580,6 +617,8 @@ class ExploreEngine(Tracer):
             self.commit(me, d, me.clock | 1 << d, RELAX, None, False)
         else:
             self.relaxed(me)
+        if self.recorder is not None:
+            self.recorder.waits(me, "relax", "")
         me.turn.clear()
         me.dirty = False
 

@@ -54,7 +54,9 @@ def read_litmus(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     except (ValueError, OSError, EOFError) as error:
         raise LitmusError(f"{path} is not a litmus file: {error}") from None
     tests = document.get("tests", [document]) if isinstance(document, dict) else document
-    if not isinstance(tests, list) or not all(isinstance(t, dict) and "threads" in t and "vars" in t for t in tests):
+    if not isinstance(tests, list) or not all(
+        isinstance(t, dict) and "threads" in t and "vars" in t for t in tests
+    ):
         raise LitmusError(f"{path} is not a litmus file: no tests with 'vars' and 'threads' in it")
     return tests
 

@@ -42,7 +42,6 @@ from kmodel.explore.events import (
     RMW,
     STORE,
     UNLOCK,
-    Aborted,
     Loc,
     Runner,
 )
@@ -74,7 +73,9 @@ class Reader:
 
     __slots__ = ("cond", "event", "floor", "took")
 
-    def __init__(self, event: int, floor: Store, cond: Callable[[Any], bool] | None, took: Store | None) -> None:
+    def __init__(
+        self, event: int, floor: Store, cond: Callable[[Any], bool] | None, took: Store | None
+    ) -> None:
         self.event = event
         self.floor = floor
         self.cond = cond
@@ -119,6 +120,16 @@ class LkmmEngine(ScEngine):
 
     def new_loc(self, loc: Loc) -> None:
         loc.hist = [Store(-1, raw_get(loc.obj, loc.field), 0, 0)]
+
+    def initial_value(self, loc: Loc) -> Any:
+        return next(s.value for s in loc.hist if s.event < 0)
+
+    def visible(self, loc: Loc) -> dict[str, list[int]] | None:
+        found = {}
+        for runner in self.runners:
+            low = _floor(loc.hist, runner.R | runner.pointers.get(loc.kid, 0))
+            found[str(runner.pid)] = list(range(low, len(loc.hist)))
+        return found
 
     # -- what may happen: labels
 
@@ -176,9 +187,11 @@ class LkmmEngine(ScEngine):
             if me.kind == LOCK:
                 if i >= low_store and not store.glued and not store.value:
                     found.append(store.event)
-            elif store.value is POISON or update(store.value) is NO_STORE:
-                found.append(store.event)
-            elif i >= low_store and not store.glued:
+            elif (
+                store.value is POISON
+                or update(store.value) is NO_STORE
+                or (i >= low_store and not store.glued)
+            ):
                 found.append(store.event)
         return found
 
@@ -533,7 +546,11 @@ class LkmmEngine(ScEngine):
             if mine is not None and loc is not None:
                 if (kind == FREE or sleeper.kind == FREE) and mine.kid == loc.kid:
                     continue
-                if special and mine is loc and (kind in (GP_START, GP_END) or sleeper.kind in (GP_START, GP_END)):
+                if (
+                    special
+                    and mine is loc
+                    and (kind in (GP_START, GP_END) or sleeper.kind in (GP_START, GP_END))
+                ):
                     continue
             if mine is loc and loc is not None and not special and behind > -2:
                 kept = {}

@@ -192,7 +192,9 @@ class ScEngine(ExploreEngine):
                 raise Aborted
             value = raw_get(obj, field)
             if not cond(value):
-                raise LockingBug(f"{obj!r}.{field} is waited for outside the run, where nothing can change it")
+                raise LockingBug(
+                    f"{obj!r}.{field} is waited for outside the run, where nothing can change it"
+                )
             return value
         loc = self.loc_of(obj, field)
         me.kind, me.loc, me.arg = COND, loc, cond

@@ -67,6 +67,10 @@ class Names:
             return hex(value) if value > 4096 or value < -4096 else str(value)
         if isinstance(value, tuple):
             return "(" + ", ".join(self.value(v) for v in value) + ")"
-        if callable(value) or type(value).__module__ not in ("builtins", access.__name__, "kmodel.core.lifetime"):
+        if callable(value) or type(value).__module__ not in (
+            "builtins",
+            access.__name__,
+            "kmodel.core.lifetime",
+        ):
             return f"<{type(value).__name__}>"
         return repr(value)

@@ -37,7 +37,9 @@ class Oracles:
     def __init__(self, engine: Any, *, leaks: bool) -> None:
         self.e = engine
         self.leaks = leaks
-        self.order: dict[tuple[Any, Any], str] = {}  # lock -> lock taken while it was held, over all executions
+        self.order: dict[
+            tuple[Any, Any], str
+        ] = {}  # lock -> lock taken while it was held, over all executions
 
     def name(self, obj: Any) -> str:
         """An object in words, the same in every execution."""
@@ -46,7 +48,7 @@ class Oracles:
 
     def where(self, loc: Loc) -> str:
         """A location in words."""
-        return f"{self.name(loc.obj)}.{loc.field}"
+        return self.e.names.field(loc.obj, loc.field)  # type: ignore[no-any-return]
 
     # -- memory
 
@@ -60,9 +62,9 @@ class Oracles:
         mine = "plain" if order == "plain" else "marked"
         site = ""
         if e.recorder is not None:
-            site = f" at {e.recorder.here()} and at {e.recorder.site(other)}"
+            site = f" ({e.recorder.here()} and {e.recorder.site(other)})"
         message = (
-            f"data race on {self.where(loc)}: {mine} {kind} by {me.task.comm} and {how} {what} by "
+            f"the {mine} {kind} of {self.where(loc)} by {me.task.comm} and the {how} {what} by "
             f"{theirs.task.comm} are not ordered{site}"
         )
         violation = Violation(
@@ -131,7 +133,9 @@ class Oracles:
         must_end = [r for r in stuck if not r.daemon]
         sleeping = must_end and all(r.doing.startswith("sleeps") for r in must_end)
         kind = "lost-wakeup" if sleeping else "deadlock"
-        message = ("nobody will wake the sleepers: " if sleeping else "no task can go on: ") + "; ".join(texts)
+        message = ("nobody will wake the sleepers: " if sleeping else "no task can go on: ") + "; ".join(
+            texts
+        )
         return Violation(kind, message, None, None, waits=tuple(waits))
 
     def _waits_for(self, runner: Runner) -> str:

@@ -64,9 +64,12 @@ class Search:
     """Source-DPOR. `reduce=False` tries every interleaving; `preemptions` bounds how many are tried."""
 
     name = "dpor"
+    exhausts = True
 
     def __init__(self, *, reduce: bool = True, preemptions: int | None = None) -> None:
         self.reduce = reduce
+        if not reduce:
+            self.name = "brute"
         self.bound = preemptions
         self.sleeping = reduce and preemptions is None
         self.cut = 0

@@ -1,0 +1,113 @@
+"""A trace as text: one column per task, one row per step, with values, where reads got them, and what broke.
+
+Models:      nothing in Linux
+Guards:      none
+Invariants:  none
+Leaves out:  memory panels and source stacks; explore/html.py shows those
+Read next:   docs/trace-format.md
+
+    step  writer                       reader
+       1  WRITE_ONCE(data, 42)
+       2  WRITE_ONCE(flag, 1)
+       3                               READ_ONCE(flag) = 1  <- #2
+       4                               READ_ONCE(data) = 0  <- initial, stale; newest is #1
+          assertion failed: the flag was set but the data was not there
+"""
+
+import textwrap
+
+from kmodel.explore.tracefile import Step, Trace
+from kmodel.explore.words import Words, violation_name
+
+_MIN_COLUMN, _MAX_COLUMN = 16, 60
+_QUIET = ("start",)
+
+
+def _cell(words: Words, step: Step) -> str:
+    """What a step did."""
+    text = words.code(step)
+    outcome = words.outcome(step)
+    if outcome:
+        text += f" {outcome.replace('→', '->')}"
+    read_from = step.get("read_from")
+    if read_from is not None:
+        origin = "initial" if read_from["step"] is None else f"#{read_from['step']}"
+        text += f"  <- {origin}"
+        if read_from["stale"]:
+            newest = read_from.get("newest")
+            newer = "initial" if newest is None else _newest(words, newest)
+            text += f", stale; newest is {newer}"
+    if step["kind"] == "flush":
+        text = f"[{words.code(step)} = {step.get('value', '?')} reaches memory]"
+    return text
+
+
+def _newest(words: Words, n: int) -> str:
+    step = words.trace["steps"][n - 1]
+    value = step.get("new", step.get("value"))
+    return f"#{n}" if value is None else f"#{n} = {value}"
+
+
+def render(trace: Trace, *, width: int = 150) -> str:
+    """The timeline of a trace."""
+    words = Words(trace)
+    tasks = trace["tasks"]
+    busy = {step["task"] for step in trace["steps"]}
+    lanes = [task for task in tasks if task["id"] in busy] or tasks
+    column = {task["id"]: i for i, task in enumerate(lanes)}
+    rows: list[tuple[Step, list[str]]] = []
+    cells: list[list[str]] = [[] for _ in lanes]
+    for step in trace["steps"]:
+        if step["kind"] in _QUIET:
+            continue
+        text = _cell(words, step)
+        if step.get("preemption"):
+            text = f"> {text}"
+        rows.append((step, [text]))
+        cells[column[step["task"]]].append(text)
+    room = max(_MIN_COLUMN, (width - 8) // len(lanes) - 2)
+    widths = [
+        min(max([len(lane["name"]), *map(len, column_cells)], default=0), room, _MAX_COLUMN)
+        for lane, column_cells in zip(lanes, cells, strict=True)
+    ]
+    widths = [max(w, min(_MIN_COLUMN, room)) for w in widths]
+    offsets = [8 + sum(w + 2 for w in widths[:i]) for i in range(len(lanes))]
+    head = "  step  " + "  ".join(lane["name"][:w].ljust(w) for lane, w in zip(lanes, widths, strict=True))
+    lines = [head.rstrip(), "  " + "-" * (len(head.rstrip()) - 2)]
+    violation = trace.get("violation")
+    related = {r["step"]: r["text"] for r in violation.get("related", [])} if violation is not None else {}
+    for step, (text,) in rows:
+        i = column[step["task"]]
+        wrapped = textwrap.wrap(text, widths[i], subsequent_indent="    ") or [""]
+        lines.append(f"{step['n']:6}  " + " " * (offsets[i] - 8) + wrapped[0])
+        lines += [" " * offsets[i] + more for more in wrapped[1:]]
+        lines += [
+            " " * offsets[i] + f"  ({note})" for note in step.get("notes", []) if step["kind"] != "fence"
+        ]
+        if step["n"] in related:
+            lines.append(" " * offsets[i] + f"  ^ {related[step['n']]}")
+        if violation is not None and violation.get("step") == step["n"]:
+            lines += _broken(trace, offsets[i])
+    if violation is not None and "step" not in violation:
+        lines += _broken(trace, 8)
+    return "\n".join(lines)
+
+
+def _broken(trace: Trace, indent: int) -> list[str]:
+    violation = trace["violation"]
+    message = f"*** {violation_name(violation['kind'])}: {violation['message']}"
+    lines = textwrap.wrap(
+        message, 100, initial_indent=" " * min(indent, 40), subsequent_indent=" " * (min(indent, 40) + 4)
+    )
+    names = {task["id"]: task["name"] for task in trace["tasks"]}
+    for wait in violation.get("waits", []):
+        holder = "" if wait["held_by"] is None else f", held by {names.get(wait['held_by'], wait['held_by'])}"
+        holds = f"; holds {', '.join(wait['holds'])}" if wait["holds"] else ""
+        lines.append(f"            {names[wait['task']]}: {wait['for']}{holder}{holds}")
+    step = next((s for s in trace["steps"] if s["n"] == violation.get("step")), None)
+    if step is not None and "source" in step:
+        source = step["source"]
+        lines.append(
+            " " * min(indent, 40) + f"    at {source['file']}:{source['line']} in {source['function']}()"
+        )
+    return lines
