@@ -21,7 +21,8 @@ way in:
 
 A pairs with D: either the reader sees `block` or the writer sees the count; both may see the other, and then
 the reader backs out. B pairs with C: a writer that sees the count gone sees everything the reader did. A fast
-reader has no A; the writer's grace period in rcu_sync_enter() stands in for it.
+reader has no A; the writer's grace period in rcu_sync_enter() stands in for it. (The writer's rcuwait has a
+full barrier between the exchange and the sum too, so here the lack of D alone breaks nothing.)
 """
 
 from typing import Any

@@ -24,13 +24,18 @@ from kmodel.sync import (
     RwLock,
     RwSemaphore,
     Seqcount,
+    TimerList,
     WaitQueueHead,
+    WorkStruct,
+    cancel_work_sync,
     complete,
     do_raw_write_seqcount_begin,
     do_raw_write_seqcount_end,
     down_read,
     down_write,
     downgrade_write,
+    flush_work,
+    mod_timer,
     mutex_lock,
     mutex_unlock,
     percpu_down_read_trylock,
@@ -46,6 +51,8 @@ from kmodel.sync import (
     read_unlock,
     refcount_dec_and_test,
     refcount_inc_not_zero_acquire,
+    schedule_work,
+    timer_delete_sync,
     up_read,
     up_write,
     wait_event,
@@ -267,3 +274,75 @@ def test_each_guard_has_its_counterexample(
 
     assert result.violation is not None
     assert (result.verdict, result.violation.kind) == (Verdict.FAIL, kind)
+
+
+# -- deferred calls: what a function changed with plain accesses is safe to use once it has been waited for
+
+
+@kernel_struct
+class Deferred(Struct):
+    """A counter that a work item and a timer increment."""
+
+    runs: int = 0
+    work: WorkStruct = embedded(factory=lambda: WorkStruct(func=run))
+    timer: TimerList = embedded(factory=lambda: TimerList(function=run))
+
+
+def run(item: Any) -> None:
+    item.container.runs += 1
+
+
+def deferred() -> Deferred:
+    boot()
+    state = Deferred()
+    state.work.container = state.timer.container = state
+    return state
+
+
+def queue(d: Deferred) -> None:
+    schedule_work(d.work)
+
+
+def queue_and_flush(d: Deferred) -> None:
+    schedule_work(d.work)
+    flush_work(d.work)
+
+
+def queue_and_cancel(d: Deferred) -> None:
+    schedule_work(d.work)
+    cancel_work_sync(d.work)
+    d.runs += 1
+
+
+def arm_and_delete(d: Deferred) -> None:
+    mod_timer(d.timer, 1.0)
+    timer_delete_sync(d.timer)
+    d.runs += 1
+
+
+@pytest.mark.parametrize(
+    "threads", [(queue_and_flush, queue), (queue_and_cancel,), (arm_and_delete,)], ids=names
+)
+def test_deferred_calls(threads: tuple[Callable[[Deferred], None], ...]) -> None:
+    """No execution has two runs beside each other or one beside whoever waited for it to end."""
+    result = explore(deferred, *threads, memory="lkmm", max_executions=NEVER_PASS_SILENTLY)
+
+    assert (result.verdict, str(result.violation), result.reason) == (Verdict.PASS, "None", None)
+
+
+def test_timer_function_beside_its_owner() -> None:
+    """T3: without the wait in timer_delete_sync() the function runs beside the owner that deleted it."""
+    with guards.without("no-timer-delete-sync-wait"):
+        result = explore(deferred, arm_and_delete, memory="lkmm", max_executions=NEVER_PASS_SILENTLY)
+
+    assert result.violation is not None
+    assert (result.verdict, result.violation.kind) == (Verdict.FAIL, "data-race")
+
+
+def test_item_beside_itself() -> None:
+    """K2: without the collision test two workers run one item at once."""
+    with guards.without("no-workqueue-non-reentrance"):
+        result = explore(deferred, queue_and_flush, queue, memory="lkmm", max_executions=NEVER_PASS_SILENTLY)
+
+    assert result.violation is not None
+    assert (result.verdict, result.violation.kind) == (Verdict.FAIL, "data-race")
