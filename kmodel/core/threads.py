@@ -32,6 +32,7 @@ from kmodel.core.task import (
 )
 
 _WORKERS = 4
+_MAX_WORKERS = 64
 
 
 class ThreadsEngine(Engine):
@@ -48,6 +49,7 @@ class ThreadsEngine(Engine):
         self._order = itertools.count()
         self._timer_wake = threading.Event()
         self._workers_started = threading.Event()
+        self._workers = self._idle_workers = _WORKERS
         self.worker_errors: list[BaseException] = []
 
     # -- tasks
@@ -168,11 +170,22 @@ class ThreadsEngine(Engine):
     def _worker(self) -> None:
         while True:
             func, _comm = self._work.get()
+            # As workqueues do it: while workers sleep there is one more to run what would wake them.
+            with self._lock:
+                self._idle_workers -= 1
+                one_more = self._idle_workers == 0 and self._workers < _MAX_WORKERS
+                if one_more:
+                    self._workers += 1
+                    self._idle_workers += 1
+            if one_more:
+                self.spawn(self._worker, (), f"kworker/{self._workers - 1}", True)
             try:
                 func()
             except BaseException as error:  # noqa: BLE001  # reported by whoever ends the run, and loudly now
                 self.worker_errors.append(error)
                 sys.excepthook(type(error), error, error.__traceback__)
+            with self._lock:
+                self._idle_workers += 1
 
     def _timekeeper(self) -> None:
         while True:
