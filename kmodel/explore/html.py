@@ -178,7 +178,7 @@ def _footer(replay: str) -> str:
     keys = (
         '<p class="keys">Keys: <kbd>←</kbd> <kbd>→</kbd> or <kbd>k</kbd> <kbd>j</kbd> step, '
         "<kbd>Home</kbd> <kbd>End</kbd> first and last, <kbd>s</kbd> next forced switch, "
-        "<kbd>v</kbd> where it breaks, <kbd>p</kbd> private steps.</p>"
+        "<kbd>v</kbd> where it breaks, <kbd>p</kbd> minor steps.</p>"
     )
     if not replay:
         return keys
@@ -247,7 +247,9 @@ class _Lanes:
         )
 
     def _private(self, step: Step) -> bool:
-        """Whether it is an access to memory that no other task touches in this execution."""
+        """Whether it touches memory that no other task does in this execution, or starts a task."""
+        if step["kind"] == "start":
+            return True
         return (
             step["kind"] in ("load", "store", "rmw")
             and len(self.touched_by.get(step.get("location", -1), ())) == 1

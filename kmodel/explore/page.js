@@ -180,7 +180,7 @@
   function showPrivate(show) {
     shown = rows.map((_row, i) => i + 1).filter((n) => show || !rows[n - 1].classList.contains("private"));
     document.querySelector(".steps").classList.toggle("brief", !show);
-    byId("private").textContent = `${show ? "Hide" : "Show"} ${privates} private step${privates === 1 ? "" : "s"}`;
+    byId("private").textContent = `${show ? "Hide" : "Show"} ${privates} minor step${privates === 1 ? "" : "s"}`;
   }
 
   function togglePrivate() {

@@ -184,7 +184,7 @@ def _busy() -> Any:
 
 
 def test_private_steps_are_left_out_at_first(page: Page, tmp_path: Path) -> None:
-    """Many steps on memory of one's own are hidden and counted; stepping skips them until they are asked for."""
+    """Many steps on memory of one's own are hidden and counted; stepping skips them until asked for."""
     _open(page, tmp_path, _busy())
     reached = [_at(page)]
     for key in ("j", "j", "j", "k"):
@@ -192,13 +192,13 @@ def test_private_steps_are_left_out_at_first(page: Page, tmp_path: Path) -> None
         reached.append(_at(page))
 
     assert reached == ["1", "2", "23", "24", "23"]
-    assert page.text("#private") == "Show 20 private steps"
+    assert page.text("#private") == "Show 20 minor steps"
 
     page.click("#private")
     page.press("k")
 
     assert _at(page) == "22"
-    assert page.text("#private") == "Hide 20 private steps"
+    assert page.text("#private") == "Hide 20 minor steps"
 
     page.press("p")
 
@@ -210,7 +210,7 @@ def test_a_link_to_a_private_step_shows_it(page: Page, tmp_path: Path) -> None:
     _open(page, tmp_path, _busy(), "#step-5")
 
     assert _at(page) == "5"
-    assert page.text("#private") == "Hide 20 private steps"
+    assert page.text("#private") == "Hide 20 minor steps"
 
 
 def test_few_private_steps_are_not_hidden(story: Page) -> None:
