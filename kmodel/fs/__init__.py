@@ -89,7 +89,13 @@ from kmodel.fs.inode import (
     shmem_aops,
     unlink,
 )
-from kmodel.fs.task_work import is_in_user_mode, task_work_add, task_work_pending, task_work_run
+from kmodel.fs.task_work import (
+    exit_task_works,
+    is_in_user_mode,
+    task_work_add,
+    task_work_pending,
+    task_work_run,
+)
 
 __all__ = [
     "DEFAULT_DEV",
@@ -126,6 +132,7 @@ __all__ = [
     "delayed_fput",
     "empty_aops",
     "evict",
+    "exit_task_works",
     "file_free",
     "file_init_path",
     "file_inode",

@@ -55,7 +55,7 @@ from kmodel.fs.inode import (
     read_contents,
     regular_aops,
 )
-from kmodel.fs.task_work import is_in_user_mode, task_work_add, task_work_run
+from kmodel.fs.task_work import exit_task_works, is_in_user_mode, task_work_add, task_work_run
 from kmodel.slab import (
     KmemCache,
     kmem_cache_alloc,
@@ -298,10 +298,9 @@ def delayed_fput() -> None:
 
 
 def flush_delayed_fput() -> None:
-    """Let go now of every file whose last reference is gone, as far as this task and the worker have to do
-    with it.
-    """
+    """Let go now of every file whose last reference is gone: this task's, ended tasks', kernel threads'."""
     task_work_run()
+    exit_task_works()
     delayed_fput()
 
 

@@ -13,7 +13,6 @@ from kmodel.core import (
     Struct,
     UseAfterFree,
     boot,
-    current,
     engine,
     guards,
     is_freed,
@@ -199,6 +198,32 @@ def test_fput_sync_in_an_rcu_reader_is_a_bug() -> None:
         rcu_read_unlock()
 
 
+def test_work_of_an_ended_task_is_not_lost() -> None:
+    """A task that ends right after an fput in a reader leaves the rest to flush_delayed_fput."""
+    file = open_file("/lib/a", size=1)
+
+    def put_in_reader() -> None:
+        rcu_read_lock()
+        fput(file)
+        rcu_read_unlock()
+
+    task = kthread_run(put_in_reader, daemon=False)
+    engine().join(task)
+    assert not is_freed(file)
+    flush_delayed_fput()
+    assert is_freed(file)
+
+
+def test_boot_forgets_queued_work() -> None:
+    """Work of the last boot must not touch files of this one."""
+    lock = SpinLock()
+    spin_lock(lock)
+    fput(open_file("/lib/a", size=1))
+    spin_unlock(lock)
+    boot()
+    assert task_work_pending() == 0
+
+
 def test_kernel_threads_leave_the_last_fput_to_a_worker() -> None:
     """A kthread never returns to user mode."""
     files = [open_file(f"/lib/{n}", size=1) for n in range(3)]
@@ -292,8 +317,3 @@ def test_old_backing_files_are_freed_for_good() -> None:
         fput(file)
     with pytest.raises(UseAfterFree):
         ptr(file.f_inode)
-
-
-def test_current_has_no_work_left() -> None:
-    """No test above left work behind."""
-    assert not current().local.get("task_works")

@@ -6,6 +6,7 @@ import pytest
 
 from kmodel.core import (
     POISON,
+    READ_ONCE,
     WRITE_ONCE,
     CoopEngine,
     KernelBug,
@@ -20,6 +21,7 @@ from kmodel.core import (
     smp_cond_load_acquire,
     smp_store_release,
 )
+from kmodel.explore import Verdict, explore
 from kmodel.rcu import rcu_barrier, rcu_read_lock, rcu_read_unlock, synchronize_rcu
 from kmodel.slab import (
     kmem_cache_alloc,
@@ -54,7 +56,7 @@ class Table(Struct):
 def insert(table: Table, key: int) -> None:
     """Initialise everything, the reference count last; then publish."""
     node = kmem_cache_alloc(table.cache)
-    node.key = key
+    WRITE_ONCE(node, "key", key)  # readers look at it without a reference
     node.value = key * 100
     refcount_set_release(node, "ref", 1)
     rcu_assign_pointer(table, "slot", node)
@@ -75,7 +77,7 @@ def lookup(table: Table, key: int, *, revalidate: bool, pause: bool = False) -> 
     """The node of `key` with a reference, or None. `pause`: let the writer run in the worst place."""
     rcu_read_lock()
     node = rcu_dereference(table, "slot")
-    if node is not None and node.key != key:
+    if node is not None and READ_ONCE(node, "key") != key:
         node = None
     if pause:
         WRITE_ONCE(table, "turn", 1)
@@ -83,7 +85,7 @@ def lookup(table: Table, key: int, *, revalidate: bool, pause: bool = False) -> 
     if node is not None and not refcount_inc_not_zero_acquire(node, "ref"):
         node = None
     rcu_read_unlock()
-    if revalidate and node is not None and node.key != key:
+    if revalidate and node is not None and READ_ONCE(node, "key") != key:
         put(table, node)
         return None
     return node  # type: ignore[no-any-return]
@@ -218,3 +220,28 @@ def test_slab_is_poisoned_after_the_grace_period() -> None:
 
     assert node.key is POISON
     assert table.cache.statistics().waiting_for_grace_period == 0
+
+
+# ------------------------------------------------------------------------------------------------ explored
+
+
+def reader_once(table: Table) -> None:
+    reader(table, revalidate=True, pause=False)
+
+
+def reader_once_without_recheck(table: Table) -> None:
+    reader(table, revalidate=False, pause=False)
+
+
+def replace_once(table: Table) -> None:
+    remove(table)
+    insert(table, 2)
+
+
+@pytest.mark.explore
+@pytest.mark.parametrize(
+    ("body", "verdict"), [(reader_once, Verdict.PASS), (reader_once_without_recheck, Verdict.FAIL)]
+)
+def test_every_interleaving_of_reader_and_reuse(body: Any, verdict: Verdict) -> None:
+    """The recipe under the kernel's memory model, exhausted; its broken twin is found."""
+    assert explore(setup, body, replace_once, final=final, memory="lkmm").verdict is verdict
