@@ -31,6 +31,10 @@ class Recorder:
         self.entries: list[Location] = []
         self.histories: dict[tuple[int, str], list[tuple[int | None, str]]] = {}
         self.of_event: dict[int, int] = {}  # event of the search -> step
+        self.locs: dict[tuple[int, str], Loc] = {}
+        self.told: dict[
+            tuple[int, str], LocationState
+        ] = {}  # what the steps so far have said of each location
         self.e: Any = None
 
     def begin(self, engine: Any) -> None:
@@ -112,6 +116,7 @@ class Recorder:
         known = self.locations.get(loc.key)
         if known is None:
             known = self.locations[loc.key] = len(self.locations) + 1
+            self.locs[loc.key] = loc
             names = self.e.names
             entry: Location = {
                 "id": known,
@@ -142,6 +147,19 @@ class Recorder:
             "visible": visible,
         }
 
+    def _memory(self, touched: Loc | None = None) -> list[LocationState]:
+        """The location that a step touched, and every other of which some task may now see less."""
+        changed = []
+        for key, loc in self.locs.items() if self.e.labelled else ():
+            state = self._state(loc)
+            if loc is not touched and state != self.told.get(key):
+                self.told[key] = state
+                changed.append(state)
+        if touched is None:
+            return changed
+        self.told[touched.key] = self._state(touched)
+        return [self.told[touched.key], *changed]
+
     def _read_from(self, me: Runner, loc: Loc) -> Any:
         e = self.e
         if not e.labelled:
@@ -159,6 +177,11 @@ class Recorder:
             return {"step": step, "stale": False}
         return {"step": step, "stale": True, "newest": None if last < 0 else self.of_event.get(last)}
 
+    def _others(self, step: Step) -> None:
+        changed = self._memory()
+        if changed:
+            step["memory"] = changed
+
     def load(
         self, me: Runner, loc: Loc, kind: int, order: str, value: Any, *, forwarded: bool = False
     ) -> None:
@@ -173,7 +196,7 @@ class Recorder:
             step["notes"] = ["From its own store buffer."]
             return
         step["read_from"] = self._read_from(me, loc)
-        step["memory"] = [self._state(loc)]
+        step["memory"] = self._memory(loc)
 
     def store(self, me: Runner, loc: Loc, kind: int, order: str, value: Any) -> None:
         """A store reaches memory."""
@@ -181,7 +204,7 @@ class Recorder:
         shown = self.e.names.value(value)
         step = self._step(me, KIND_NAMES[kind], self.e.depth - 1, order=order, location=where, value=shown)
         self.histories[loc.key].append((step["n"], shown))
-        step["memory"] = [self._state(loc)]
+        step["memory"] = self._memory(loc)
 
     def buffered(self, me: Runner, loc: Loc, order: str, value: Any) -> None:
         """tso: a store enters its task's buffer."""
@@ -198,35 +221,37 @@ class Recorder:
         )
         step["read_from"] = self._read_from(me, loc)
         self.histories[loc.key].append((step["n"], shown))
-        step["memory"] = [self._state(loc)]
+        step["memory"] = self._memory(loc)
 
     def lock(self, me: Runner, loc: Loc, kind: str) -> None:
         """A spinning lock is taken or released."""
         where = self._location(loc)
         step = self._step(me, kind, self.e.depth - 1, location=where, lock=self.e.names.of(loc.obj))
         self.histories[loc.key].append((step["n"], "1" if kind == "lock" else "0"))
-        step["memory"] = [self._state(loc)]
+        step["memory"] = self._memory(loc)
 
     def note(self, me: Runner, kind: str, text: str, order: str = "") -> None:
         """A step that is no event of its own, or says nothing about memory."""
         event = self.e.depth - 1
         mine = kind == "fence" and event >= 0 and self.e.evt[event] == me.idx and event not in self.of_event
         step = self._step(me, kind, event if mine else None, order=order)
+        self._others(step)
         if text:
             step["notes"] = [text[0].upper() + text[1:] + "."]
 
     def life(self, me: Runner, obj: Any, kind: str) -> None:
         """An object is freed or allocated."""
         event = self.e.depth - 1 if kind == "free" else None
-        self._step(me, kind, event, object=self.e.names.of(obj))
+        self._others(self._step(me, kind, event, object=self.e.names.of(obj)))
 
     def rcu(self, me: Runner, kind: str, domain: str) -> None:
         """A reader section or a grace period."""
-        self._step(me, kind, None if kind == "gp-call" else self.e.depth - 1, domain=domain)
+        self._others(self._step(me, kind, None if kind == "gp-call" else self.e.depth - 1, domain=domain))
 
     def waits(self, me: Runner, kind: str, text: str) -> None:
         """A task has slept, waited for another, or spun."""
         step = self._step(me, kind, self.e.depth - 1)
+        self._others(step)
         if text:
             step["notes"] = [text]
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from kmodel.core import WRITE_ONCE, smp_load_acquire, smp_store_release, variables
+from kmodel.explore import explore
 from kmodel.explore.html import page, write_page
 from kmodel.explore.tracefile import TraceError, problem, read_trace, write_trace
 from tests.explore.samples import deadlock, message_passing, resurrection
@@ -139,3 +141,29 @@ def test_the_page_asks_for_nothing() -> None:
     assert re.findall(r"(?:src|href)=\"(?!#)[^\"]*\"|url\(|@import", text) == []
     assert "default-src &#x27;none&#x27;" in text
     assert "unsafe-inline" not in text
+
+
+def test_memory_follows_what_orders_it() -> None:
+    """A step that orders a task after others' stores says so for every location, not only for its own."""
+
+    def writer(v: Any) -> None:
+        WRITE_ONCE(v, "data", 42)
+        smp_store_release(v, "flag", 1)
+
+    def reader(v: Any) -> None:
+        if smp_load_acquire(v, "flag"):
+            raise AssertionError("seen")
+
+    trace = explore(lambda: variables(data=0, flag=0), writer, reader).trace
+    assert trace is not None
+    ids = {location["name"]: location["id"] for location in trace["locations"]}
+    tasks = {task["name"]: str(task["id"]) for task in trace["tasks"]}
+    data = [
+        state["visible"][tasks["reader"]]
+        for step in trace["steps"]
+        for state in step.get("memory", [])
+        if state["location"] == ids["data"]
+    ]
+
+    assert problem(trace) is None
+    assert data == [[0, 1], [1]]
