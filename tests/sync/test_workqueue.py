@@ -80,23 +80,25 @@ def flusher(job: Job) -> None:
 
 
 def test_queued_once() -> None:
-    """A second schedule_work() before the run is a no-op, one after it queues again."""
-    gate = Completion()
-    blocker = WorkStruct(func=lambda work: wait_for_completion(gate))
-    job = setup()
-    blockers = [WorkStruct(func=lambda work: wait_for_completion(gate)) for _ in range(3)]
-    for work in (blocker, *blockers):  # as many as the engine has workers
-        schedule_work(work)
+    """While the item runs it can be queued again, once; a second schedule_work() before that run is a no-op."""
+    started, gate, job = Completion(), Completion(), setup()
 
-    assert [schedule_work(job.work), schedule_work(job.work), work_pending(job.work)] == [True, False, True]
-    workqueue.check_invariants()
-    for _ in range(4):
-        complete(gate)
-    flush_work(job.work)
-    assert (job.runs, work_pending(job.work), flush_work(job.work)) == (1, False, False)
+    def held_up(work: WorkStruct) -> None:
+        complete(started)
+        wait_for_completion(gate)
+        run_job(work)
+
+    job.work.func = held_up
     assert schedule_work(job.work)
+    wait_for_completion(started)
+    assert not work_pending(job.work)
+    assert [schedule_work(job.work), schedule_work(job.work), work_pending(job.work)] == [True, False, True]
+    complete(gate)
+    complete(gate)
     flush_work(job.work)
-    assert job.runs == 2
+    workqueue.check_invariants()
+
+    assert (job.runs, work_pending(job.work), flush_work(job.work)) == (2, False, False)
 
 
 def test_every_request_is_covered() -> None:
