@@ -80,7 +80,7 @@ def flusher(job: Job) -> None:
 
 
 def test_queued_once() -> None:
-    """While the item runs it can be queued again, once; a second schedule_work() before that run is a no-op."""
+    """While the item runs it can be queued again, once; a second call before that run is a no-op."""
     started, gate, job = Completion(), Completion(), setup()
 
     def held_up(work: WorkStruct) -> None:
