@@ -25,7 +25,7 @@ Four kinds of field:
 import sysconfig
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -78,9 +78,8 @@ class KernelObject:
     # Filled in by kernel_struct for each class:
     __k_slots__: ClassVar[dict[str, Any]] = {}  # watched field -> original slot descriptor
     __k_embedded__: ClassVar[tuple[str, ...]] = ()  # fields that are structs by value
-    __k_atomic__: ClassVar[frozenset[str]] = (
-        frozenset()
-    )  # fields that read-modify-write operations may change
+    # fields that read-modify-write operations may change; an immortal_dict, because each of those looks here
+    __k_atomic__: ClassVar[Mapping[str, None]] = {}
     _k_lock: Any  # makes read-modify-write operations on this object atomic (threads engine)
     _k_id: Any  # stable name of this object within one traced run
     _k_gen: int  # how often it was allocated and freed: even is live, odd is freed
@@ -131,6 +130,19 @@ else:
             __slots__ = ()
 
 
+def immortal_dict[K, V](contents: Mapping[K, V]) -> dict[K, V]:
+    """A dict that many threads can look into without waiting for each other.
+
+    On free-threaded 3.13 a counted object found through a class attribute or in a dict costs a reader the
+    lock of all types, or of the dict. A module's dict is immortal once a thread has started; its keys and
+    values should be, too.
+    """
+    table = cast("dict[K, V]", types.ModuleType("kmodel_table").__dict__)
+    table.clear()
+    table.update(contents)
+    return table
+
+
 _registry: list[type[KernelObject]] = []
 _registry_hook: Callable[[type[KernelObject]], None] | None = None
 
@@ -170,8 +182,8 @@ def kernel_struct[T: type[Any]](cls: T) -> T:
         for name, annotation in annotations.items()
         if "ClassVar" not in str(annotation)
     }
-    inherited_atomic = cast("frozenset[str]", getattr(cls, "__k_atomic__", frozenset()))
-    atomics = inherited_atomic | {name for name, kind in own_kinds.items() if kind == "atomic"}
+    inherited_atomic = cast("dict[str, None]", getattr(cls, "__k_atomic__", {}))
+    atomics = {*inherited_atomic, *(name for name, kind in own_kinds.items() if kind == "atomic")}
     if "__attrs_pre_init__" not in cls.__dict__:
         setattr(cls, "__attrs_pre_init__", _pre_init if atomics else _pre_init_unlocked)  # noqa: B010  # unknown to type[Any]
     built = attrs.define(eq=False, repr=False, slots=True, weakref_slot=False)(cls)
@@ -180,7 +192,7 @@ def kernel_struct[T: type[Any]](cls: T) -> T:
         if kind in ("plain", "atomic"):
             slots[name] = built.__dict__[name]
     built.__k_slots__ = slots
-    built.__k_atomic__ = frozenset(atomics)
+    built.__k_atomic__ = immortal_dict(dict.fromkeys(sorted(atomics)))
     built.__k_embedded__ = tuple(
         f.name for f in attrs.fields(cast("Any", built)) if f.metadata.get("k") == "embedded"
     )
@@ -261,8 +273,8 @@ def shared_int(value: int) -> int:
     if len(_shared_ints) >= _SHARED_INTS_MAX:
         return value
     constant = cast("int", eval(repr(value)))
-    # The key as well as the value: a lookup that meets a counted key of another thread takes the dict's lock, and
-    # then everybody waits for everybody (measured: 20 times slower).
+    # The key as well as the value: a lookup that meets a counted key of another thread takes the lock of the
+    # dict, and then everybody waits for everybody (measured: 20 times slower).
     return _shared_ints.setdefault(constant, constant)
 
 

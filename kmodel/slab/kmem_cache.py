@@ -161,7 +161,7 @@ def kmem_cache_create(
     is free. `ctor` runs once when an object's slab is allocated, not at each allocation. The rest
     overrides slab/options.py.
     """
-    unknown = set(freeptr_fields) - (set(cls.__k_slots__) - cls.__k_atomic__)
+    unknown = set(freeptr_fields) - (set(cls.__k_slots__) - set(cls.__k_atomic__))
     if unknown:
         raise TypeError(f"{name}: {cls.__name__} has no plain field {sorted(unknown)[0]!r}")
     needed = [f.name for f in attrs.fields(cls) if f.init and f.default is attrs.NOTHING]
