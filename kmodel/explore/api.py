@@ -34,6 +34,9 @@ replaying: Trace | None = None
 defaults: dict[str, Any] = {}
 """What explore() takes where its caller says nothing (the pytest plugin's options)."""
 
+recent: list[Result] | None = None
+"""Results since the plugin put a list here."""
+
 
 def explore(
     setup: Callable[[], Any],
@@ -41,11 +44,11 @@ def explore(
     final: Callable[[Any], Any] | None = None,
     outcome: Callable[[Any], Any] | None = None,
     memory: str | None = None,
-    strategy: str = "dpor",
+    strategy: str | None = None,
     preemptions: int | None = None,
     max_executions: int | None = None,
     max_seconds: float | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     max_steps: int = 10_000,
     races: bool = True,
     warnings: bool = True,
@@ -61,40 +64,56 @@ def explore(
     `races`: report plain-access data races; `warnings`: WARN is a violation; `leaks`: so is what is still allocated at the end.
     `progress` is called now and then; if it returns False, the search ends early.
     """
-    memory = memory or defaults.get("memory", "lkmm")
-    if max_executions is None:
-        max_executions = defaults.get("max_executions")
+    given: dict[str, Any] = {"memory": memory, "strategy": strategy, "preemptions": preemptions, "seed": seed}
+    given |= {"max_executions": max_executions, "max_seconds": max_seconds}
+    chosen = {**_DEFAULTS, **defaults, **{name: value for name, value in given.items() if value is not None}}
+    unknown = set(chosen) - set(_DEFAULTS)
+    if unknown:
+        raise ValueError(f"explore() has no option {', '.join(sorted(unknown))}")
+    memory, strategy, preemptions = chosen["memory"], chosen["strategy"], chosen["preemptions"]
     if memory not in ENGINES:
         raise ValueError(f"memory={memory!r}: must be one of {', '.join(sorted(ENGINES))}")
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r}: must be one of {', '.join(STRATEGIES)}")
     if preemptions is not None and strategy not in ("dpor", "brute"):
         raise ValueError(f"preemptions={preemptions}: only strategy='dpor' takes that bound")
-    program = Program(
-        setup,
-        threads,
-        final,
-        outcome,
-        memory,
-        {"races": races, "warnings": warnings, "leaks": leaks, "max_steps": max_steps},
-    )
-    if replaying is not None:
-        return run_again(program, replaying)
-    if strategy in ("pct", "random", "uniform") and max_executions is None and max_seconds is None:
+    options = {"races": races, "warnings": warnings, "leaks": leaks, "max_steps": max_steps}
+    program = Program(setup, threads, final, outcome, str(memory), options)
+    if replaying is not None and replaying.get("program") == program.references():
+        result = run_again(program, replaying)
+    else:
+        result = _search(program, chosen, hang_seconds, progress)
+    if recent is not None:
+        recent.append(result)
+    return result
+
+
+_DEFAULTS: dict[str, Any] = {
+    "memory": "lkmm",
+    "strategy": "dpor",
+    "preemptions": None,
+    "seed": 0,
+    "max_executions": None,
+    "max_seconds": None,
+}
+
+
+def _search(
+    program: Program,
+    chosen: dict[str, Any],
+    hang_seconds: float,
+    progress: Callable[[Progress], bool] | None,
+) -> Result:
+    strategy, seed, max_executions = chosen["strategy"], chosen["seed"], chosen["max_executions"]
+    walk = {"pct": Pct, "random": Walk, "uniform": UniformWalk}.get(strategy)
+    if walk is not None and max_executions is None and chosen["max_seconds"] is None:
         max_executions = _WALK_EXECUTIONS
-    run = _Run(program, max_executions, max_seconds, hang_seconds, progress)
+    run = _Run(program, max_executions, chosen["max_seconds"], hang_seconds, progress)
     if strategy == "iterative":
         return run.iterative()
-    search: Search
-    if strategy == "pct":
-        search = Pct(seed)
-    elif strategy == "random":
-        search = Walk(seed)
-    elif strategy == "uniform":
-        search = UniformWalk(seed)
-    else:
-        search = Search(reduce=strategy == "dpor", preemptions=preemptions)
-    return run.search(search)
+    if walk is not None:
+        return run.search(walk(seed))
+    return run.search(Search(reduce=strategy == "dpor", preemptions=chosen["preemptions"]))
 
 
 class _Run:
@@ -150,7 +169,7 @@ class _Run:
             why = f"{engine.cut} executions were cut off after max_steps={program.options['max_steps']} steps"
         if why is None and search.cut:
             why = f"preemptions={search.bound}: {search.cut} switches were not tried"
-        if why is None and not search.exhausts and engine.violation is None:
+        if why is None and not search.exhausts:
             why = f"strategy={search.name!r} does not exhaust"
         result = Result(program, engine, search, why)
         if result.violation is not None:

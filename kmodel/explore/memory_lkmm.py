@@ -114,6 +114,7 @@ class LkmmEngine(ScEngine):
     def reset(self) -> None:
         super().reset()
         self.G = 0
+        self.fencers: list[int] = []  # events that added to G
         self.fences = Loc(None, "<fences>", (0, "<fences>"), None)
         self.ev_pred = -2  # behind which store the last event's store landed
         self.ev_event = -1
@@ -166,20 +167,20 @@ class LkmmEngine(ScEngine):
         low = _floor(hist, behind)
         return [hist[i].event for i in range(len(hist) - 1, low - 1, -1) if not hist[i].glued]
 
-    def _rmw_floors(self, me: Runner, loc: Loc) -> tuple[int, int]:
-        """From where on a read-modify-write may fail (read), and succeed."""
+    def _rmw_floors(self, me: Runner, loc: Loc) -> tuple[int, int, int]:
+        """From where on a read-modify-write may fail (read), could succeed but for fences, and may succeed."""
         pointer = me.pointers.get(loc.kid, 0)
-        low = _floor(loc.hist, me.R | pointer)
+        hist = loc.hist
+        low = _floor(hist, me.R | pointer)
         view = me.R | me.W | pointer
-        if me.order == "full":
-            view |= me.K | self.G
-        elif me.order == "release":
+        if me.order == "full" or me.order == "release":
             view |= me.K
-        return low, _floor(loc.hist, view)
+        own = _floor(hist, view)
+        return low, own, _floor(hist, view | self.G) if me.order == "full" else own
 
     def _targets(self, me: Runner, loc: Loc) -> list[Any]:
         hist = loc.hist
-        low, low_store = self._rmw_floors(me, loc)
+        low, _own, low_store = self._rmw_floors(me, loc)
         update = me.arg
         found = []
         for i in range(len(hist) - 1, low - 1, -1):
@@ -366,6 +367,8 @@ class LkmmEngine(ScEngine):
             if d >= self.plen - 1:
                 clock = me.clock if store.event < 0 else me.clock | self.clk[store.event]
                 self._store_races(me, loc, None, self._rmw_floors(me, loc)[1], clock)
+                if order == "full":
+                    self._fence_races(me, loc, clock)
             self.read(me, d, loc, RMW, "relaxed")
         else:
             self._exchange(me, d, loc, store, new, order, RMW)
@@ -377,7 +380,7 @@ class LkmmEngine(ScEngine):
         """The event of a read-modify-write that stores."""
         bit = 1 << d
         fresh = d >= self.plen - 1
-        low, low_store = self._rmw_floors(me, loc)
+        low, own, _low_store = self._rmw_floors(me, loc)
         floor = loc.hist[low]
         effect = RMWS
         clock = me.clock | bit | loc.fclk
@@ -393,7 +396,7 @@ class LkmmEngine(ScEngine):
             view |= me.K
         store = self._land(me, d, loc, new, view, read.event)
         if fresh:
-            self._store_races(me, loc, store, low_store, clock)
+            self._store_races(me, loc, store, own, clock)
         read.glued = True
         loc.allr |= bit
         loc.readers.append(Reader(d, floor, _is_free if kind == LOCK else None, read))
@@ -435,6 +438,14 @@ class LkmmEngine(ScEngine):
         if self.recorder is not None:
             self.recorder.note(me, "fence", "", order=kind)
 
+    def _fence_races(self, me: Runner, loc: Loc, clock: int) -> None:
+        """A full read-modify-write failed: could it have succeeded had it come before some strong fences?"""
+        _low, own, low_store = self._rmw_floors(me, loc)
+        if any(self._would_take(me, store.value) for store in loc.hist[own:low_store]):
+            for earlier in reversed(self.fencers):
+                if not me.clock >> earlier & 1:
+                    self.search.race(earlier, clock, me)
+
     def _touch(self, me: Runner, d: int, res: Loc, isw: bool, old: int, clock: int) -> int:
         """An event, `old` before it, uses something whose users' order matters: find races, return its whole clock."""
         clock |= res.wclk
@@ -445,6 +456,8 @@ class LkmmEngine(ScEngine):
             res.wclk = clock
             res.rclk = 0
             res.reads.clear()
+            if res is self.fences:
+                self.fencers.append(d)
         else:
             self._races(me, d, old, clock, [res.lastw])
             res.reads.append(d)
@@ -456,6 +469,7 @@ class LkmmEngine(ScEngine):
         events = sorted({res.lastw, *res.reads, self.fences.lastw, *self.fences.reads})
         clock = old | 1 << d | res.wclk | res.rclk | self.fences.wclk | self.fences.rclk
         self._races(me, d, old, clock, events)
+        self.fencers.append(d)
         for each in (res, self.fences):
             each.lastw, each.wclk, each.rclk = d, clock, 0
             each.reads.clear()

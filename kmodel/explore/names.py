@@ -37,7 +37,9 @@ class Names:
                 if value is obj:
                     return str(name)
         elif isinstance(state, (tuple, list)):
-            pass
+            for i, value in enumerate(state):
+                if value is obj:
+                    return "" if cls == "Variables" else f"{cls}[{i}]"
         elif state is not None and not isinstance(state, KernelObject):
             for name, value in getattr(state, "__dict__", {}).items():
                 if value is obj:
