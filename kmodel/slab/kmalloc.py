@@ -10,7 +10,8 @@ Read next:   slab/kmem_cache.py
 from typing import Any
 
 from kmodel.core import Struct, atomic, initcall, kernel_struct, kfree, untraced
-from kmodel.slab.kmem_cache import KmemCache, all_caches, kmem_cache_create, kmem_cache_zalloc
+from kmodel.slab.kmem_cache import KmemCache, kmem_cache_zalloc
+from kmodel.slab.slab_common import all_caches, kmem_cache_create
 
 __all__ = ["kfree", "kmalloc_cache", "kzalloc"]
 

@@ -1,13 +1,14 @@
 """kmem_cache: an allocator of objects of one struct, with SLAB_TYPESAFE_BY_RCU.
 
-Models:      include/linux/slab.h, mm/slub.c: kmem_cache_create/alloc/free/shrink/destroy, per-CPU sheaves
+Models:      include/linux/slab.h, mm/slub.c: kmem_cache_alloc/free/shrink, per-CPU sheaves
              (7.2)
 Guards:      a CPU's sheaf: its local lock; slabs and their free lists: list_lock, taken inside the local lock
 Invariants:  A1 allocs == frees + live objects, A2 an object is freed once per allocation and to its own
              cache, A3 the free object that was freed last on this CPU is handed out first (type-safe caches),
              A4 in other caches a freed object stays poisoned until `quarantine` later frees
 Leaves out:  barns and NUMA nodes, kmalloc size classes, memcg accounting, bulk interfaces
-Read next:   slab/slab.py, then fs/file.py for the recipe that readers of a type-safe cache follow
+Read next:   slab/slab_common.py, slab/slab.py, then fs/file.py for the recipe that readers of a type-safe
+             cache follow
 
 SLAB_TYPESAFE_BY_RCU in one paragraph: a freed object may be somebody else's at once. Only the slab it lies
 on waits for a grace period. So a reader inside rcu_read_lock() always looks at an object of this type, but
@@ -21,30 +22,22 @@ caches never reuse an object there: every use after free meets a freed object, i
 
 import sys
 from collections import deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
-
-import attrs
+from typing import TYPE_CHECKING, Any
 
 from kmodel.core import (
     NO_STORE,
-    WARN,
     KernelBug,
     Pooled,
     Struct,
     atomic,
     current,
     engine,
-    initcall,
     kernel_struct,
     rmw,
     untraced,
 )
 from kmodel.core import access as core_access
-from kmodel.core.engine import announce
-from kmodel.rcu import rcu_barrier
 from kmodel.slab import failslab
-from kmodel.slab import options as slab_opts
 from kmodel.slab.contents import FREEPTR, build_unseen, poison_contents, set_freepointer, zero
 from kmodel.slab.slab import (
     Slab,
@@ -52,7 +45,6 @@ from kmodel.slab.slab import (
     new_slab,
     next_object,
     put_object,
-    retire_slabs,
     setup_object,
     unlink_slab,
 )
@@ -123,93 +115,8 @@ class KmemCache(Pooled):
         check_invariants(self)
 
 
-@kernel_struct
-class _SlabState(Struct):
-    slab_mutex: int = atomic(default=0)
-    caches: dict[str, KmemCache] = untraced(factory=dict)
-    known: dict[str, KmemCache] = untraced(factory=dict)  # of every boot, to be used again
-
-
-_state = _SlabState()
-
 # CPU number of the sheaf that all tasks of a traced engine share.
 _TRACED_CPU = -1
-
-
-@initcall
-def kmem_cache_init() -> None:
-    """Boot: there are no caches; the memory of the last boot's is new again."""
-    for cache in _state.caches.values():
-        retire_slabs(cache)
-    _state.caches.clear()
-
-
-def kmem_cache_create(
-    name: str,
-    cls: type[Any],
-    *,
-    typesafe_by_rcu: bool = False,
-    freeptr_fields: tuple[str, ...] = (),
-    ctor: Callable[[Any], None] | None = None,
-    objects_per_slab: int | None = None,
-    sheaf_capacity: int | None = None,
-    quarantine: int | None = None,
-) -> KmemCache:
-    """A new cache of `cls` objects, which `cls()` must be able to build.
-
-    `freeptr_fields`: the fields that share memory with the free pointer and hold garbage while the object
-    is free. `ctor` runs once when an object's slab is allocated, not at each allocation. The rest
-    overrides slab/options.py.
-    """
-    unknown = set(freeptr_fields) - (set(cls.__k_slots__) - set(cls.__k_atomic__))
-    if unknown:
-        raise TypeError(f"{name}: {cls.__name__} has no plain field {sorted(unknown)[0]!r}")
-    needed = [f.name for f in attrs.fields(cls) if f.init and f.default is attrs.NOTHING]
-    if needed:
-        raise TypeError(f"{name}: {cls.__name__}() cannot be built, it wants a value for {needed[0]!r}")
-    opts = slab_opts.options
-    with _state._k_lock:
-        if name in _state.caches:
-            raise KernelBug(f"kmem_cache of name {name!r} already exists")
-        cache = _state.known.get(name)
-        if cache is None:
-            cache = _state.known[name] = build_unseen(KmemCache)
-        else:
-            _forget(cache)
-        cache.name = name
-        cache.object_class = cls
-        cache.typesafe_by_rcu = typesafe_by_rcu
-        cache.freeptr_fields = freeptr_fields
-        cache.ctor = ctor
-        cache.objects_per_slab = opts.objects_per_slab if objects_per_slab is None else objects_per_slab
-        cache.sheaf_capacity = opts.sheaf_capacity if sheaf_capacity is None else sheaf_capacity
-        held_back = opts.quarantine if quarantine is None else quarantine
-        cache.sheaf_floor = 0 if typesafe_by_rcu else held_back
-        cache.sheaf_limit = cache.sheaf_floor + cache.sheaf_capacity
-        cache.min_partial = opts.min_partial
-        cache.spare_slabs = opts.spare_slabs
-        cache.users = {} if opts.store_user else None
-        _state.caches[name] = cache
-    announce(cache)
-    return cache
-
-
-def _forget(cache: KmemCache) -> None:
-    # A cache of that name existed before: the same object again, empty. Its per-CPU structs stay where tasks
-    # remember them.
-    tracer, core_access._tracer = core_access._tracer, None
-    try:
-        kept = dict(cache.cpus)
-        for field in attrs.fields(cast(Any, KmemCache)):
-            default = field.default
-            setattr(cache, field.name, default.factory() if isinstance(default, attrs.Factory) else default)  # type: ignore[arg-type]
-        for cpu in kept.values():
-            cpu.sheaf.clear()
-            cpu.allocs = cpu.frees = cpu.reuses = 0
-        cache.cpus = kept
-        cache._k_id = None
-    finally:
-        core_access._tracer = tracer
 
 
 def this_cpu_slab(cache: KmemCache) -> KmemCacheCpu:
@@ -390,21 +297,3 @@ def kmem_cache_shrink(cache: KmemCache) -> None:
             discard.append(slab)
     for slab in discard:
         discard_slab(slab)
-
-
-def kmem_cache_destroy(cache: KmemCache) -> bool:
-    """The end of a cache; False, with a warning, if objects of it are still in use."""
-    kmem_cache_shrink(cache)
-    if WARN(cache.slabs, f"kmem_cache_destroy {cache.name}: objects remain"):
-        return False
-    if cache.limbo:
-        rcu_barrier()
-    with _state._k_lock:
-        del _state.caches[cache.name]
-        retire_slabs(cache)
-    return True
-
-
-def all_caches() -> tuple[KmemCache, ...]:
-    """Every cache there is, in the order of creation."""
-    return tuple(_state.caches.values())

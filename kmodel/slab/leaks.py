@@ -14,7 +14,8 @@ from typing import Any
 
 import attrs
 
-from kmodel.slab.kmem_cache import KmemCache, all_caches
+from kmodel.slab.kmem_cache import KmemCache
+from kmodel.slab.slab_common import all_caches
 
 
 @attrs.frozen
