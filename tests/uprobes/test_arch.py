@@ -1,0 +1,80 @@
+"""The x86 part: what is analysed, what is emulated."""
+
+import pytest
+
+from kmodel.slab import kzalloc
+from kmodel.uprobes.arch import (
+    ENOTSUPP,
+    OPS_NOP,
+    OPS_PUSH,
+    OPS_XOL,
+    ArchUprobe,
+    PtRegs,
+    arch_uprobe_analyze_insn,
+    arch_uprobe_skip_sstep,
+    is_trap_insn,
+)
+
+
+def analyzed(insn: bytes) -> tuple[int, ArchUprobe]:
+    arch = kzalloc(ArchUprobe)
+    assert arch is not None
+    return arch_uprobe_analyze_insn(arch, insn.ljust(16, b"\0")), arch
+
+
+@pytest.mark.parametrize(
+    ("insn", "ops", "reg"),
+    [
+        (b"\x90", OPS_NOP, 0),
+        (b"\x55", OPS_PUSH, 5),
+        (b"\x41\x57", OPS_PUSH, 15),
+        (b"\xf3\x0f\x1e\xfa", OPS_XOL, 0),
+        (b"\x48\x89\xe5", OPS_XOL, 0),
+        (b"\xc3", OPS_XOL, 0),
+    ],
+)
+def test_analysis_chooses_how_an_instruction_is_executed(insn: bytes, ops: int, reg: int) -> None:
+    """nop and push are emulated, everything else is stepped out of line."""
+    ret, arch = analyzed(insn)
+
+    assert (ret, arch.ops, arch.push_reg) == (0, ops, reg)
+
+
+@pytest.mark.parametrize("insn", [b"\xf4", b"\xf0\x48", b"\xee"])
+def test_instructions_that_must_not_be_probed_are_refused(insn: bytes) -> None:
+    """hlt, lock prefixes and port accesses give -ENOTSUPP."""
+    assert analyzed(insn)[0] == -ENOTSUPP
+
+
+def test_nop_is_emulated() -> None:
+    """An emulated nop only moves ip."""
+    _ret, arch = analyzed(b"\x90")
+    regs = PtRegs(ip=100, sp=800)
+
+    assert arch_uprobe_skip_sstep(arch, regs)
+    assert (regs.ip, regs.sp, regs.stack) == (101, 800, {})
+
+
+@pytest.mark.parametrize(("insn", "reg", "length"), [(b"\x53", 3, 1), (b"\x41\x54", 12, 2)])
+def test_push_is_emulated(insn: bytes, reg: int, length: int) -> None:
+    """An emulated push stores the register below the stack pointer."""
+    _ret, arch = analyzed(insn)
+    regs = PtRegs(ip=100, sp=800)
+    regs.gpr[reg] = 42
+
+    assert arch_uprobe_skip_sstep(arch, regs)
+    assert (regs.ip, regs.sp, regs.stack) == (100 + length, 792, {792: 42})
+
+
+def test_other_instructions_are_not_emulated() -> None:
+    """arch_uprobe_skip_sstep leaves the registers alone and says no."""
+    _ret, arch = analyzed(b"\xc3")
+    regs = PtRegs(ip=100)
+
+    assert not arch_uprobe_skip_sstep(arch, regs)
+    assert regs.ip == 100
+
+
+def test_int3_is_the_only_trap() -> None:
+    """0xCC is the trap instruction."""
+    assert [byte for byte in range(256) if is_trap_insn(byte)] == [0xCC]

@@ -1,0 +1,110 @@
+"""What mmap, munmap, split, merge and fork do to breakpoints and to the flags of an address space."""
+
+import errno
+
+from kmodel.core import test_bit
+from kmodel.fs import PAGE_SIZE
+from kmodel.mm import MMF_HAS_UPROBES, MMF_RECALC_UPROBES, MmStruct, munmap
+from kmodel.uprobes import lifetime, uprobe_unregister
+from tests.uprobes.world import (
+    CODE,
+    TEXT,
+    hit,
+    map_data,
+    map_text,
+    new_file,
+    not_in,
+    opcode,
+    recorder,
+    registered,
+)
+
+INT3 = 0xCC
+
+
+def test_a_new_mapping_gets_its_breakpoints() -> None:
+    """mmap of a probed file installs what lies in its range, and nothing else (P9)."""
+    mm = MmStruct()
+    file = new_file()
+    registered(file, 0x10)
+    registered(file, PAGE_SIZE + 0x10)
+    map_text(mm, file, pages=1, pgoff=1)
+
+    assert opcode(mm, TEXT + 0x10) == INT3
+    assert opcode(mm, TEXT + 0x11) == CODE[0x1011]
+    assert test_bit(MMF_HAS_UPROBES, mm, "flags")
+
+
+def test_a_new_mapping_respects_filters() -> None:
+    """mmap asks all consumers; if none wants the mm, nothing is installed."""
+    mm = MmStruct()
+    file = new_file()
+    registered(file, 0x10, recorder(filter=not_in, not_in=mm))
+    map_text(mm, file)
+
+    assert opcode(mm, TEXT + 0x10) == CODE[0x10]
+
+
+def test_writable_and_shared_mappings_get_none() -> None:
+    """Only private mappings that may be executed and are not writable are probed (valid_vma)."""
+    mm = MmStruct()
+    file = new_file()
+    registered(file, 0x10)
+    map_data(mm, file, TEXT)
+
+    assert opcode(mm, TEXT + 0x10) == CODE[0x10]
+
+
+def test_an_unprobeable_instruction_does_not_fail_mmap() -> None:
+    """Errors of uprobe_mmap are ignored: its callers could do nothing about them."""
+    mm = MmStruct()
+    file = new_file("/bin/debugged", b"\xcc" * PAGE_SIZE)
+    registered(file, 0)
+
+    assert map_text(mm, file, pages=1) == TEXT
+    assert not test_bit(MMF_HAS_UPROBES, mm, "flags")
+
+
+def test_unmapping_drops_private_copies_and_asks_for_a_recount() -> None:
+    """After munmap the breakpoint is gone with its page; the next miss clears MMF_HAS_UPROBES (H52)."""
+    mm = MmStruct()
+    file = new_file()
+    map_text(mm, file)
+    uc = recorder()
+    uprobe = registered(file, 0x10, uc)
+    munmap(mm, TEXT, PAGE_SIZE)
+
+    assert test_bit(MMF_RECALC_UPROBES, mm, "flags")
+    assert opcode(mm, TEXT + 0x10) == -errno.EFAULT
+    uprobe_unregister(uprobe, uc)
+    lifetime.wait_for_frees()
+    map_text(mm, file)
+    assert opcode(mm, TEXT + 0x10) == CODE[0x10], "an old private copy came back"
+
+    hit(mm, TEXT + 0x1000)
+    assert not test_bit(MMF_HAS_UPROBES, mm, "flags")
+
+
+def test_a_mapping_over_a_probed_one_replaces_its_pages() -> None:
+    """MAP_FIXED over a probed page shows the new file, with the new file's breakpoints."""
+    mm = MmStruct()
+    one, two = new_file("/bin/one"), new_file("/bin/two", b"\xc3" * 2 * PAGE_SIZE)
+    map_text(mm, one)
+    registered(one, 0x10)
+    registered(two, 0x20)
+    map_text(mm, two)
+
+    assert (opcode(mm, TEXT + 0x10), opcode(mm, TEXT + 0x20)) == (0xC3, INT3)
+
+
+def test_splitting_a_probed_mapping_keeps_its_breakpoints() -> None:
+    """Unmapping a neighbour page splits the VMA; private copies of the rest stay."""
+    mm = MmStruct()
+    file = new_file("/bin/three", CODE + CODE)
+    map_text(mm, file, pages=4)
+    registered(file, 0x10)
+    registered(file, 3 * PAGE_SIZE + 0x10)
+    munmap(mm, TEXT + PAGE_SIZE, PAGE_SIZE)
+
+    assert opcode(mm, TEXT + 0x10) == INT3
+    assert opcode(mm, TEXT + 3 * PAGE_SIZE + 0x10) == INT3
