@@ -54,8 +54,8 @@ class TaskStruct(Struct):
     rcu_read_sections: int = 0
     trc_reader_nesting: int = 0
     trc_reader_sections: int = 0
-    # which counters of the SRCU domain behind RCU Tasks Trace the outermost section uses
-    trc_reader_idx: int = untraced(default=0, init=False)
+    # the counter of the SRCU domain behind RCU Tasks Trace that the outermost section uses
+    trc_reader_scp: Any = untraced(default=None, init=False)
 
     # The model's own bookkeeping.
     preempt_count: int = untraced(default=0, init=False)

@@ -116,8 +116,6 @@ class SrcuStruct(Pooled):
         self.srcu_reader_flavor = SRCU_READ_FLAVOR_FAST if self.fast else 0
         self.srcu_cblist = RcuCbList(f"srcu:{self.name}", partial(srcu_grace_period, self))
 
-    __hash__ = object.__hash__
-
 
 def init_srcu_struct(ssp: SrcuStruct) -> int:
     """Make `ssp` a fresh domain (a new SrcuStruct already is); 0."""
@@ -173,14 +171,14 @@ def __srcu_read_lock(ssp: SrcuStruct, task: TaskStruct | None = None) -> int:
     """Begin a section that any task may end, with the index that is returned."""
     if task is None:
         task = current()
-    spec = None if access._tracer is None else specification(ssp)
+    if access._tracer is None:
+        idx: int = ssp.srcu_idx
+        srcu_data_of(ssp, task, SRCU_READ_FLAVOR_NORMAL).srcu_ctrs[idx].srcu_locks += 1
+        return idx
+    spec = specification(ssp)
     if spec is not None:
         return spec.read_lock(ssp)
     data = srcu_data_of(ssp, task, SRCU_READ_FLAVOR_NORMAL)
-    if access._tracer is None:
-        idx: int = ssp.srcu_idx
-        data.srcu_ctrs[idx].srcu_locks += 1
-        return idx
     idx = READ_ONCE(ssp, "srcu_idx")
     _inc(data.srcu_ctrs[idx], "srcu_locks")
     if _MB_B not in guards.removed:
@@ -192,14 +190,14 @@ def __srcu_read_unlock(ssp: SrcuStruct, idx: int, task: TaskStruct | None = None
     """End the section that began with `idx`."""
     if task is None:
         task = current()
-    spec = None if access._tracer is None else specification(ssp)
+    if access._tracer is None:
+        srcu_data_of(ssp, task, SRCU_READ_FLAVOR_NORMAL).srcu_ctrs[idx].srcu_unlocks += 1
+        return
+    spec = specification(ssp)
     if spec is not None:
         spec.read_unlock(ssp, idx)
         return
     data = srcu_data_of(ssp, task, SRCU_READ_FLAVOR_NORMAL)
-    if access._tracer is None:
-        data.srcu_ctrs[idx].srcu_unlocks += 1
-        return
     if _MB_C not in guards.removed:
         smp_mb()  # C: pairs with A and with D. The section does not leak out.
     _inc(data.srcu_ctrs[idx], "srcu_unlocks")
@@ -245,52 +243,50 @@ def srcu_read_lock_held(ssp: SrcuStruct, task: TaskStruct | None = None) -> bool
 # ------------------------------------------------------------------------------------------------ SRCU-fast
 
 
-def __srcu_read_lock_fast(ssp: SrcuStruct, task: TaskStruct) -> int:
-    """Begin an SRCU-fast section without telling lockdep."""
-    if access._tracer is None:
-        data = srcu_data_of(ssp, task, SRCU_READ_FLAVOR_FAST)
-        idx: int = ssp.srcu_idx
-        data.srcu_ctrs[idx].srcu_locks += 1
-        return idx
-    spec = specification(ssp)
-    if spec is not None:
-        return spec.read_lock(ssp)
+def __srcu_read_lock_fast(ssp: SrcuStruct, task: TaskStruct) -> SrcuCtr:
+    """Begin an SRCU-fast section without telling lockdep; return the task's own counter of the index."""
     data = srcu_data_of(ssp, task, SRCU_READ_FLAVOR_FAST)
+    if access._tracer is None:
+        scp: SrcuCtr = data.srcu_ctrs[ssp.srcu_idx]
+        scp.srcu_locks += 1
+        return scp
     implicit = _IMPLICIT not in guards.removed
     if implicit:
         rcu_read_lock(task)
-    idx = READ_ONCE(ssp, "srcu_idx")
-    _inc(data.srcu_ctrs[idx], "srcu_locks")
+    scp = data.srcu_ctrs[READ_ONCE(ssp, "srcu_idx")]
+    _inc(scp, "srcu_locks")
     if implicit:
         rcu_read_unlock(task)
-    return idx
+    return scp
 
 
-def __srcu_read_unlock_fast(ssp: SrcuStruct, idx: int, task: TaskStruct) -> None:
-    """End an SRCU-fast section without telling lockdep."""
+def __srcu_read_unlock_fast(scp: SrcuCtr, task: TaskStruct) -> None:
+    """End an SRCU-fast section on a counter of the calling task's own."""
     if access._tracer is None:
-        srcu_data_of(ssp, task, SRCU_READ_FLAVOR_FAST).srcu_ctrs[idx].srcu_unlocks += 1
+        scp.srcu_unlocks += 1
         return
-    spec = specification(ssp)
-    if spec is not None:
-        spec.read_unlock(ssp, idx)
-        return
-    data = srcu_data_of(ssp, task, SRCU_READ_FLAVOR_FAST)
     implicit = _IMPLICIT not in guards.removed
     if implicit:
         rcu_read_lock(task)
-    _inc(data.srcu_ctrs[idx], "srcu_unlocks")
+    _inc(scp, "srcu_unlocks")
     if implicit:
         rcu_read_unlock(task)
 
 
 def srcu_read_lock_fast(ssp: SrcuStruct, task: TaskStruct | None = None) -> int:
-    """Begin an SRCU-fast section of this task: no barrier. Hand the index to srcu_read_unlock_fast()."""
+    """Begin an SRCU-fast section of this task: no barrier. Hand the index to srcu_read_unlock_fast().
+
+    The kernel returns a per-CPU pointer, which the unlocking CPU applies to its own memory, as an index is
+    here.
+    """
     if task is None:
         task = current()
-    idx = __srcu_read_lock_fast(ssp, task)
-    srcu_data_of(ssp, task, SRCU_READ_FLAVOR_FAST).nesting += 1
-    return idx
+    data = srcu_data_of(ssp, task, SRCU_READ_FLAVOR_FAST)
+    spec = None if access._tracer is None else specification(ssp)
+    data.nesting += 1
+    if spec is not None:
+        return spec.read_lock(ssp)
+    return 1 if __srcu_read_lock_fast(ssp, task) is data.srcu_ctrs[1] else 0
 
 
 def srcu_read_unlock_fast(ssp: SrcuStruct, idx: int, task: TaskStruct | None = None) -> None:
@@ -301,7 +297,11 @@ def srcu_read_unlock_fast(ssp: SrcuStruct, idx: int, task: TaskStruct | None = N
     if data.nesting <= 0:
         raise LockingBug(f"{task!r} calls srcu_read_unlock_fast({ssp.name}) but is in no section of its own")
     data.nesting -= 1
-    __srcu_read_unlock_fast(ssp, idx, task)
+    spec = None if access._tracer is None else specification(ssp)
+    if spec is not None:
+        spec.read_unlock(ssp, idx)
+        return
+    __srcu_read_unlock_fast(data.srcu_ctrs[idx], task)
 
 
 # ------------------------------------------------------------------------------------------------ sums

@@ -11,7 +11,7 @@ Leaves out:  the barriers for architectures whose entry code RCU does not watch;
 Read next:   uprobes/lookup.py
 
 Two implementations behind one name, chosen by use_rcu_tasks_trace(): "srcu_fast"  what 7.2 has: the outermost
-section is a section of one global SRCU-fast domain, its index kept in the task "holdouts"   what the
+section is a section of one global SRCU-fast domain, its counter kept in the task "holdouts"   what the
 mailing-list threads discuss: a reader only counts its nesting; a grace period looks at every task, makes a
 list of those inside, and waits until each has left its section; it warns when one does not
 """
@@ -34,7 +34,13 @@ from kmodel.core import (
 from kmodel.core.task import _tasks_by_thread, get_ident  # type: ignore[attr-defined]
 from kmodel.rcu.cblist import RcuCallback, RcuCbList, cblist_barrier, cblist_enqueue, invoke
 from kmodel.rcu.readers import SECTIONS_MASK, enter, leave, wait_for_readers
-from kmodel.rcu.srcu import SrcuStruct, __srcu_read_lock_fast, __srcu_read_unlock_fast
+from kmodel.rcu.srcu import (
+    SRCU_READ_FLAVOR_FAST,
+    SrcuStruct,
+    __srcu_read_lock_fast,
+    __srcu_read_unlock_fast,
+    srcu_data_of,
+)
 from kmodel.rcu.srcu_gp import call_srcu, srcu_barrier, srcu_grace_period
 from kmodel.rcu.stall import tasks_trace_stall
 
@@ -86,7 +92,14 @@ def rcu_read_lock_trace(task: TaskStruct | None = None) -> None:
     nesting = task.trc_reader_nesting
     task.trc_reader_nesting = nesting + 1
     if nesting == 0 and not _holdouts:
-        task.trc_reader_idx = __srcu_read_lock_fast(rcu_tasks_trace_srcu_struct, task)
+        # __srcu_read_lock_fast(), without the calls
+        ssp = rcu_tasks_trace_srcu_struct
+        try:
+            scp = task.percpu[ssp].srcu_ctrs[ssp.srcu_idx]
+        except KeyError:
+            scp = srcu_data_of(ssp, task, SRCU_READ_FLAVOR_FAST).srcu_ctrs[ssp.srcu_idx]
+        scp.srcu_locks += 1
+        task.trc_reader_scp = scp
 
 
 def rcu_read_unlock_trace(task: TaskStruct | None = None) -> None:
@@ -108,7 +121,7 @@ def rcu_read_unlock_trace(task: TaskStruct | None = None) -> None:
             # After the nesting, in this order: see rcu/readers.py.
             task.trc_reader_sections = (task.trc_reader_sections + 1) & SECTIONS_MASK
         else:
-            __srcu_read_unlock_fast(rcu_tasks_trace_srcu_struct, task.trc_reader_idx, task)
+            task.trc_reader_scp.srcu_unlocks += 1
 
 
 def rcu_read_lock_trace_held(task: TaskStruct | None = None) -> bool:
@@ -125,9 +138,9 @@ def _lock_traced(task: TaskStruct) -> None:
     task.trc_reader_nesting = nesting + 1
     if nesting == 0:
         if spec is not None:
-            task.trc_reader_idx = spec.read_lock(_DOMAIN)
+            task.trc_reader_scp = spec.read_lock(_DOMAIN)
         else:
-            task.trc_reader_idx = __srcu_read_lock_fast(rcu_tasks_trace_srcu_struct, task)
+            task.trc_reader_scp = __srcu_read_lock_fast(rcu_tasks_trace_srcu_struct, task)
 
 
 def _unlock_traced(task: TaskStruct) -> None:
@@ -141,9 +154,9 @@ def _unlock_traced(task: TaskStruct) -> None:
     task.trc_reader_nesting = nesting
     if nesting == 0:
         if spec is not None:
-            spec.read_unlock(_DOMAIN, task.trc_reader_idx)
+            spec.read_unlock(_DOMAIN, task.trc_reader_scp)
         else:
-            __srcu_read_unlock_fast(rcu_tasks_trace_srcu_struct, task.trc_reader_idx, task)
+            __srcu_read_unlock_fast(task.trc_reader_scp, task)
 
 
 # ------------------------------------------------------------------------------------------------ updaters
