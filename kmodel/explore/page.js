@@ -9,6 +9,12 @@
   const names = new Map(trace.tasks.map((task) => [String(task.id), task.name]));
   const privates = rows.filter((row) => row.classList.contains("private")).length;
   const breaksAt = rows.findIndex((row) => row.classList.contains("is-breaks")) + 1;
+  const users = new Map();  // location -> the tasks that touch it
+  for (const step of trace.steps) {
+    if (step.location === undefined) continue;
+    if (!users.has(step.location)) users.set(step.location, new Set());
+    users.get(step.location).add(step.task);
+  }
   let at = 0;
   let shown = rows.map((_row, i) => i + 1);  // the numbers of the steps that are not hidden
 
@@ -95,8 +101,11 @@
     if (step && step.location !== undefined) changed.add(step.location);
     const here = [];
     const rest = [];
+    const brief = shown.length < last;
     for (const location of trace.locations) {
       const isHere = changed.has(location.id) || (step && step.kind === "free" && location.object === step.object);
+      // While minor steps are left out, so is the memory that only they touch.
+      if (!isHere && brief && (users.get(location.id) || new Set()).size < 2) continue;
       (isHere ? here : rest).push(box(location, states.get(location.id), step, freed));
     }
     if (here.length) here.unshift(element("h3", "", "This step"));
@@ -242,7 +251,7 @@
   fit();
   window.addEventListener("resize", fit);
   byId("private").hidden = privates === 0;
-  showPrivate(privates <= 12 || shown.length - privates < 2);
+  showPrivate(privates < 3 || shown.length - privates < 2);
   const wanted = fromAddress();
   select(wanted || shown[0], { quiet: !wanted });
 })();

@@ -10,6 +10,7 @@ A search keeps no record: only the schedule that is to be shown runs again with 
 
 import linecache
 import os
+import sys
 from typing import Any, cast
 
 from kmodel.explore.events import KIND_NAMES, Loc, Runner, Violation
@@ -19,6 +20,9 @@ from kmodel.explore.tracefile import Violation as TraceViolation
 _ENGINE = (f"{os.sep}kmodel{os.sep}core{os.sep}", f"{os.sep}kmodel{os.sep}explore{os.sep}")
 # Functions of these files are operations of the kernel in their own right: they name the step.
 _OPERATIONS = (f"{os.sep}core{os.sep}access.py", f"{os.sep}sync{os.sep}refcount.py")
+# Below these an operation is the engine's business: its step is where they are called.
+_WRAPPERS = (f"{os.sep}kmodel{os.sep}rcu{os.sep}", f"{os.sep}sync{os.sep}spinlock.py")
+_WRAPPED = ("lock", "unlock", "trylock", "rcu-lock", "rcu-unlock", "gp-start", "gp-end", "gp-call", "barrier")
 _STACK = 6
 
 
@@ -53,9 +57,7 @@ class Recorder:
 
     # -- where in the source
 
-    def _source(self) -> tuple[str, list[Source]]:
-        import sys
-
+    def _source(self, kind: str = "") -> tuple[str, list[Source]]:
         frame: Any = sys._getframe(2)
         operation = ""
         found: list[Source] = []
@@ -66,6 +68,9 @@ class Recorder:
                 break
             if name.endswith(_OPERATIONS):
                 if code.co_name not in ("rmw", "_cmpxchg", "_store") or not operation:
+                    operation = code.co_name
+            elif kind in _WRAPPED and not found and any(part in name for part in _WRAPPERS):
+                if name.endswith("spinlock.py"):
                     operation = code.co_name
             elif not any(part in name for part in _ENGINE):
                 line = frame.f_lineno
@@ -97,8 +102,8 @@ class Recorder:
             if value is not None and value != "":
                 cast("Any", step)[key] = value
         if me.owner is None:
-            operation, found = self._source()
-            if operation and kind in ("load", "store", "rmw", "wait"):
+            operation, found = self._source(kind)
+            if operation and kind in ("load", "store", "rmw", "wait", "lock", "unlock", "trylock"):
                 step["op"] = operation
             if found:
                 step["source"] = found[0]

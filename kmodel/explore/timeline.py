@@ -38,7 +38,7 @@ def _cell(words: Words, step: Step) -> str:
             newer = "initial" if newest is None else _newest(words, newest)
             text += f", stale; newest is {newer}"
     if step["kind"] == "flush":
-        text = f"[{words.code(step)} = {step.get('value', '?')} reaches memory]"
+        text = f"[{words.code(step)}]"
     return text
 
 

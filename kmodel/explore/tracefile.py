@@ -137,6 +137,8 @@ class Trace(TypedDict):
     locations: list[Location]
     steps: list[Step]
     schedule: Any
+    program: NotRequired[dict[str, Any]]
+    options: NotRequired[dict[str, Any]]
 
 
 class TraceError(ValueError):

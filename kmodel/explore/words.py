@@ -74,14 +74,17 @@ class Words:
             return f"{function}({where})" if function else f"read {where}"
         if kind == "store":
             function = step.get("op") or _STORES.get(order)
-            value = step.get("value", "?")
-            return f"{function}({where}, {value})" if function else f"{where} = {value}"
+            if "value" not in step:
+                return f"{function or 'write'}({where})"
+            return f"{function}({where}, {step['value']})" if function else f"{where} = {step['value']}"
         if kind == "fence":
             return f"{step.get('op') or 'smp_' + order}()"
+        if kind == "flush":
+            return f"{where} = {step.get('value', '?')} reaches memory"
         if kind in ("rcu-lock", "rcu-unlock", "gp-start", "gp-end") and not step.get("op"):
             return _grace(kind, step.get("domain", "rcu"))
         name = step.get("op") or kind.replace("-", " ")
-        what = where or step.get("lock") or step.get("object") or step.get("domain") or ""
+        what = step.get("lock") or where or step.get("object") or step.get("domain") or ""
         if what in _SUFFIX and step.get("op"):
             what = ""
         if step.get("op"):
@@ -138,10 +141,13 @@ class Words:
             got = f" and gets {step['value']}" if "value" in step else ""
             return [_end(f"{task} reads {where}{how}{got}"), *self._read(step)]
         if kind == "store":
-            stored = f"{task} stores {step.get('value', 'a value')} to {where}{how}"
+            what = f"stores {step['value']} to" if "value" in step else "writes"
+            stored = f"{task} {what} {where}{how}"
             return [_end(stored), *self._stored(step)]
         if kind == "rmw":
-            old = step.get("old", "?")
+            if "old" not in step:
+                return [_end(f"{task} changes {where}{how}")]
+            old = step["old"]
             if "new" not in step:
                 return [f"{task} looks at {where}, finds {old} and leaves it alone.", *self._read(step)]
             done = f"{task} changes {where} from {old} to {step['new']} in one step{how}"

@@ -71,8 +71,9 @@ class Scenario:
     memory: str = attrs.field(default="lkmm", validator=attrs.validators.in_(MEMORY_MODELS))
     options: Mapping[str, Any] = attrs.field(factory=dict)
     """More arguments for explore(), such as {"preemptions": 2}: the bound within which it is known to end."""
-    expected: Verdict = Verdict.PASS
-    expected_broken: Verdict = Verdict.FAIL
+    expected: Verdict | None = Verdict.PASS
+    """What exploring it is known to say, and its twin; None: nobody has said."""
+    expected_broken: Verdict | None = Verdict.FAIL
 
     @property
     def can_break(self) -> bool:
@@ -227,9 +228,8 @@ def _as_scenario(made: Any, target: str, function: str, doc: str | None) -> Scen
     if unknown:
         raise CatalogueError(f"{target}: explore() has no {unknown[0]!r}")
     summary = (doc or "").partition("\n")[0]
+    unsaid: dict[str, Any] = {"name": function, "summary": summary, "expected": None, "expected_broken": None}
     try:
-        return Scenario(
-            setup=setup, threads=threads, options=options, **{"name": function, "summary": summary, **rest}
-        )
+        return Scenario(setup=setup, threads=threads, options=options, **{**unsaid, **rest})
     except (TypeError, ValueError) as error:
         raise CatalogueError(f"{target}: {' '.join(str(error).split())}") from None
