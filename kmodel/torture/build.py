@@ -97,7 +97,7 @@ def build(config: Config, oracle: Oracle, stack: contextlib.ExitStack) -> Scene:
     stack.enter_context(slab_options(objects_per_slab=4, sheaf_capacity=0, quarantine=8))
     boot()
     world = World(oracle)
-    open_files(world, choice, files)
+    open_files(world, source, choice, files)
     for name in PROCESSES:
         world.processes.append(load(world, name, source))
     keys = make_keys(world, choice)
@@ -111,11 +111,14 @@ def build(config: Config, oracle: Oracle, stack: contextlib.ExitStack) -> Scene:
 # ------------------------------------------------------------------------------------------------ files
 
 
-def open_files(world: World, choice: Choice, files: dict[str, str]) -> None:
+def open_files(world: World, source: Source, choice: Choice, files: dict[str, str]) -> None:
     """An inode with the file's real bytes for every file that has probes; held open until the end."""
+    lines = {m.path: m for m in source.mappings}
     for path in dict.fromkeys(probe.path for probe in choice.all):
         name = files.get(path, path)
-        file = open_file(name, contents=Path(path).read_bytes(), ino=Path(path).stat().st_ino)
+        line = lines.get(name)
+        ino, dev = (line.inode, line.dev) if line is not None else (Path(path).stat().st_ino, (0, 0))
+        file = open_file(name, contents=Path(path).read_bytes(), ino=ino, dev=dev)
         world.opened.append(file)
         world.inodes[path] = file.f_inode
 
@@ -142,7 +145,7 @@ def make_keys(world: World, choice: Choice) -> Keys:
     """Keys for the chosen probes. The last of each contested group is churned, the others stay."""
 
     def key(probe: Probe) -> Key:
-        made = Key(probe, world.inodes[probe.path], probe.offset)
+        made = Key(probe, world.inodes[probe.path], probe.offset, str(probe))
         world.labels[made.place] = str(probe)
         return made
 
@@ -201,7 +204,7 @@ def register_permanent(world: World) -> None:
     dropped.
     """
     for key in list(world.permanent):
-        consumer = new_consumer(key, world.label(*key.place))
+        consumer = new_consumer(key)
         uprobe = uprobe_register(key.inode, key.offset, 0, consumer)
         if not isinstance(uprobe, int):
             key.uprobe, key.consumer = uprobe, consumer
@@ -275,7 +278,7 @@ def settle() -> None:
 
 
 def breakpoints_left(mm: Any) -> int:
-    """How many bytes of the mm's private pages differ from the file below: all breakpoints are gone by now."""
+    """How many private pages the mm has: each is a copy made for a breakpoint, which should be gone by now."""
     state = mm.uprobes_state
     return len(state.pages) if state is not None else 0
 

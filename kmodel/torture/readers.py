@@ -86,6 +86,7 @@ class Descender(Task):
     """Looks permanent probes up in the tree, without locks, while others rotate it."""
 
     name = "descend"
+    rest = 0.0003
 
     def step(self) -> None:
         for _ in range(DESCENTS_PER_STEP):
@@ -135,6 +136,7 @@ class RefUser(Task):
     """Looks probes up the way the series of July 2024 did: with a reference, given back later."""
 
     name = "refs"
+    rest = 0.0005
 
     def step(self) -> None:
         key = self.rng.choice(self.world.churned or self.world.permanent)
@@ -182,6 +184,7 @@ class MapsReader(Task):
     """Reads /proc/PID/maps of the tortured process, which must be in order and show what never changes."""
 
     name = "maps"
+    rest = 0.005
 
     def __init__(self, me: Member, rng: random.Random) -> None:
         super().__init__(me, rng)

@@ -50,7 +50,7 @@ class Registrar(Task):
 
     def register(self, key: Key) -> None:
         """uprobe_register() with a consumer of its own."""
-        consumer = new_consumer(key, self.world.label(*key.place))
+        consumer = new_consumer(key)
         uprobe = uprobe_register(key.inode, key.offset, 0, consumer)
         if isinstance(uprobe, int):
             self.me.oracle.violate(self.log, "uprobe_register", f"{key.probe}: errno {-uprobe}")
@@ -83,10 +83,10 @@ class Registrar(Task):
         self.sync()
 
 
-def new_consumer(key: Key, label: str) -> TortureConsumer:
+def new_consumer(key: Key) -> TortureConsumer:
     """A consumer for one place, from the slab."""
     consumer: TortureConsumer = kzalloc(TortureConsumer)
     consumer.handler = on_hit
     consumer.place = key.place
-    consumer.label = label
+    consumer.label = key.label
     return consumer

@@ -81,7 +81,7 @@ class Remapper(Task):
 
     def __init__(self, me: Member, rng: random.Random) -> None:
         super().__init__(me, rng)
-        self.slots = list(me.process.slots.values())
+        self.slots = [slot for process in me.world.processes for slot in process.slots.values()]
 
     def step(self) -> None:
         slot = self.rng.choice(self.slots)
@@ -108,31 +108,32 @@ class Remapper(Task):
         first = (slot.address & -PAGE_SIZE) - (pages // 2) * PAGE_SIZE
         pgoff = key.offset // PAGE_SIZE - pages // 2
         what = f"mmap({pages} pages of {name_of(key.inode)}, {name_of(file)})"
-        self.me.intent = Intent(slot, Picture(key.inode, key.offset, world.label(*key.place)), what)
-        mmap(self.mm, first, pages * PAGE_SIZE, PROT_RX, MAP_PRIVATE | MAP_FIXED, file, pgoff)
+        self.me.intent = Intent(slot, Picture(key.inode, key.offset, key.label), what)
+        mmap(slot.mm, first, pages * PAGE_SIZE, PROT_RX, MAP_PRIVATE | MAP_FIXED, file, pgoff)
         fput(file)  # the mapping has its own reference: the next one over it frees the file
 
     def unmap(self, slot: Slot) -> None:
         """munmap() of the whole slot."""
         self.me.intent = Intent(slot, NOTHING, "munmap")
-        munmap(self.mm, slot.first, SLOT_PAGES * PAGE_SIZE)
+        munmap(slot.mm, slot.first, SLOT_PAGES * PAGE_SIZE)
 
     def trim(self, slot: Slot) -> None:
         """munmap() of the page before or behind: the VMA shrinks or is split, the contested page stays."""
         first = slot.first if self.rng.random() < 0.5 else slot.first + (SLOT_PAGES - 1) * PAGE_SIZE
-        munmap(self.mm, first, PAGE_SIZE)
+        munmap(slot.mm, first, PAGE_SIZE)
 
     def anonymous(self, slot: Slot) -> None:
         """mmap() of anonymous memory over the slot."""
         self.me.intent = Intent(slot, NOTHING, "mmap(anonymous)")
         flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED
-        mmap(self.mm, slot.first, SLOT_PAGES * PAGE_SIZE, PROT_RX, flags)
+        mmap(slot.mm, slot.first, SLOT_PAGES * PAGE_SIZE, PROT_RX, flags)
 
 
 class FileChurner(Task):
     """Opens and closes files and maps and unmaps memory elsewhere, so that both are recycled at once."""
 
     name = "files"
+    rest = 0.0003
 
     def __init__(self, me: Member, rng: random.Random) -> None:
         super().__init__(me, rng)

@@ -42,6 +42,8 @@ from kmodel.torture.world import Config, Member, World
 
 STALL_SECONDS = 20.0
 STOP_SECONDS = 20.0
+TURNS = (0.0002, 0.0002, 0.0002, 0.0002, 0.0002, 0.0002, 0.0002, 0.002)
+"""How long a task computes before it gives way, in seconds; now and then long enough to be interrupted."""
 STOP_SECONDS_AFTER_VIOLATION = 2.0
 
 
@@ -284,9 +286,17 @@ def task_body(torture: Torture, n: int, count: int) -> None:
         time.sleep(0.001)
     try:
         work = [role(me, rng) for role in roles]
+        turn_ends = 0.0
         while not log.stop:
             log.beat += 1
-            (work[0] if len(work) == 1 else rng.choice(work)).step()
+            one = work[0] if len(work) == 1 else rng.choice(work)
+            one.step()
+            # Tasks that only compute would keep the processors from those that were just woken, which then
+            # hold locks for ages: give way often, but not so regularly that nobody is ever interrupted in the
+            # middle of something.
+            if time.monotonic() > turn_ends:
+                time.sleep(one.rest)
+                turn_ends = time.monotonic() + rng.choice(TURNS)
         for one in work:
             one.finish()
     except Violated:

@@ -34,6 +34,7 @@ class Mapping:
     end: int
     perms: str
     offset: int
+    dev: tuple[int, int]
     inode: int
     path: str
 
@@ -81,6 +82,7 @@ def parse_maps(text: str, name: str) -> tuple[Mapping, ...]:
             int(match["end"], 16),
             match["perms"],
             int(match["offset"], 16),
+            (int(match["major"], 16), int(match["minor"], 16)),
             int(match["inode"]),
             match["path"].strip(),
         )

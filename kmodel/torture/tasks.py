@@ -17,6 +17,8 @@ class Task:
     """One kind of work; made in the task that does it."""
 
     name = "task"
+    rest = 0.0
+    """How long to sleep between turns: work that never waits leaves the processors to work that does."""
 
     def __init__(self, me: Member, rng: random.Random) -> None:
         self.me = me

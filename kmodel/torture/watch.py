@@ -59,7 +59,7 @@ def speculated(
         uprobe,
         "accepted" if accepted else "seq has moved, thrown away",
     )
-    slot = me.process.slots.get(address)
+    slot = me.slots.get(address)
     truth = None if slot is None else slot.at(seq)
     if truth is not None:
         count_reuse(me, truth.picture, vma, file)
@@ -70,7 +70,7 @@ def speculated(
     if refcount_read(uprobe, "ref") == 0:
         log.count("uprobe_dying")
     if slot is None:
-        key = me.process.permanent.get(address) or me.process.churned.get(address)
+        key = me.fixed.get(address)
         if key is None:
             return
         expected = key.place
@@ -197,9 +197,9 @@ def check_registered(me: Member, consumer: TortureConsumer, what: str) -> None:
 
 def check_place(me: Member, consumer: TortureConsumer, address: int) -> None:
     """Report a handler that is called for an address which was not its place at any time during the hit."""
-    slot = me.process.slots.get(address)
+    slot = me.slots.get(address)
     if slot is None:
-        key = me.process.permanent.get(address) or me.process.churned.get(address)
+        key = me.fixed.get(address)
         if key is None or key.place == consumer.place:
             return
         showed, entries = str(key.probe), []

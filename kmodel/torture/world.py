@@ -53,6 +53,7 @@ class Key:
     probe: Probe
     inode: Any
     offset: int
+    label: str
     # of permanent keys: the registration
     uprobe: Any = None
     consumer: Any = None
@@ -116,6 +117,9 @@ class Member:
     ) -> None:
         self.world = world
         self.process = process
+        # Copies: free-threaded Python makes threads that look a number up in one dict wait for each other.
+        self.slots = dict(process.slots)
+        self.fixed = {**process.churned, **process.permanent}
         self.oracle = world.oracle
         self.log = log
         self.task = task
