@@ -192,7 +192,3 @@ def kfree_rcu(obj: Any) -> None:
 
 # percpu_rw_semaphore's fast readers live in sync/, below this room: this is the grace period they need.
 register_grace_period(synchronize_rcu, call_rcu, rcu_read_lock, rcu_read_unlock)
-
-
-# percpu_rw_semaphore lives below this room and waits for grace periods.
-register_grace_period(synchronize_rcu, call_rcu, rcu_read_lock, rcu_read_unlock)
