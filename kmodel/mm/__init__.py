@@ -5,6 +5,9 @@ from kmodel.mm.anon_vma import (
     AnonVma,
     anon_vma_prepare,
 )
+from kmodel.mm.brk import (
+    brk,
+)
 from kmodel.mm.flags import (
     DEFAULT_MMAP_BASE,
     MAP_ANONYMOUS,
@@ -136,6 +139,12 @@ from kmodel.mm.mmap_lock import (
     older_int_mm_lock_seq,
     vma_end_write_all,
 )
+from kmodel.mm.mprotect import (
+    mprotect,
+)
+from kmodel.mm.mremap import (
+    mremap,
+)
 from kmodel.mm.vma import (
     VmAreaStruct,
     VmOperations,
@@ -257,6 +266,7 @@ __all__ = [
     "VmOperations",
     "VmaIterator",
     "anon_vma_prepare",
+    "brk",
     "calc_vm_flag_bits",
     "calc_vm_prot_bits",
     "do_mmap",
@@ -308,6 +318,8 @@ __all__ = [
     "mmget_not_zero",
     "mmgrab",
     "mmput",
+    "mprotect",
+    "mremap",
     "mt_destroy",
     "mt_empty",
     "mt_find",

@@ -25,6 +25,10 @@ def zap_pages(mm: Any, start: int, end: int) -> None:
     """[start, end) was unmapped: private pages there go; mmap_lock (write, or downgraded)."""
 
 
+def move_pages(mm: Any, old: int, new: int, length: int) -> None:
+    """mremap moved [old, old + length) to `new`: private pages go along; mmap_lock (write)."""
+
+
 def uprobe_start_dup_mmap() -> None:
     """A fork is about to copy mappings."""
 

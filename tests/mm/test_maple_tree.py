@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sortedcontainers import SortedDict
 
-from kmodel.core import boot
 from kmodel.mm.maple_node import ULONG_MAX, MapleTree
 from kmodel.mm.maple_store import mas_destroy, mas_preallocate, mas_store_gfp, mas_store_prealloc
 from kmodel.mm.maple_tree import check_invariants, mt_destroy, mt_for_each, mtree_erase, mtree_store_range
@@ -25,11 +24,6 @@ from kmodel.mm.maple_walk import (
 from kmodel.rcu import rcu_barrier
 
 SIZE = 48  # indexes of the histories
-
-
-@pytest.fixture(autouse=True)
-def fresh_boot():
-    boot()
 
 
 def small_tree() -> MapleTree:

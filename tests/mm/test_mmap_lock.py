@@ -34,11 +34,6 @@ from kmodel.mm.mmap_lock import (
 from tests.mm.helpers import over_seeds
 
 
-@pytest.fixture(autouse=True)
-def fresh_boot():
-    boot()
-
-
 def seq(mm):
     return mm.mm_lock_seq.sequence
 

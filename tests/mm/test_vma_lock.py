@@ -9,7 +9,6 @@ from kmodel.core import (
     Deadlock,
     KernelBug,
     UseAfterFree,
-    boot,
     current,
     engine,
     guards,
@@ -46,15 +45,11 @@ from kmodel.mm import (
     vma_start_write_killable,
     vma_state_in_words,
 )
+from kmodel.mm.vma_iter import vma_iter_clear_gfp, vma_iter_init
 from kmodel.rcu import rcu_read_lock, rcu_read_lock_held, rcu_read_unlock
 from tests.mm.helpers import ANON, BASE, PAGE, RW, Gate, OneVma, over_seeds, quiet, stop_after, stop_before
 
 FLAG = VM_REFCNT_EXCLUDE_READERS_FLAG
-
-
-@pytest.fixture(autouse=True)
-def fresh_boot():
-    boot()
 
 
 @pytest.fixture

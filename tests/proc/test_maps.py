@@ -45,11 +45,6 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
 """
 
 
-@pytest.fixture(autouse=True)
-def fresh_boot():
-    boot()
-
-
 def test_every_kind_of_line_comes_back():
     """R1 for files, deleted and nameless ones, heap, stack, named anonymous memory, escapes, wide devices."""
     assert proc_maps(MmStruct.from_proc_maps(KINDS)) == KINDS

@@ -1,0 +1,13 @@
+"""Every test of this room starts from a fresh boot and leaves no callback behind."""
+
+import pytest
+
+from kmodel.core import boot
+from kmodel.rcu import rcu_barrier
+
+
+@pytest.fixture(autouse=True)
+def fresh_boot():
+    boot()
+    yield
+    rcu_barrier()  # a callback of this boot must not free an object of the next
