@@ -72,8 +72,7 @@ def find_active_uprobe_speculative(bp_vaddr: int, task: TaskStruct | None = None
         uprobe = find_uprobe_rcu(inode, offset)
         if uprobe is None:
             return None
-        # RMB and compare: if anything read above was a writer's store, mm_lock_seq has moved (I3), and so it
-        # was all for nothing.
+        # RMB and compare: if anything read above was a writer's store, mm_lock_seq has moved (I3).
         accepted = not mmap_lock_speculate_retry(mm, seq) or "no-final-retry" in guards.removed
         if observer is not None:
             observer(mm, bp_vaddr, seq, vma, vm_file, inode, offset, uprobe, accepted)

@@ -27,7 +27,7 @@ from kmodel.uprobes.breakpoint import install_breakpoint, valid_vma
 from kmodel.uprobes.consumer import filter_chain
 from kmodel.uprobes.lifetime import put_uprobe
 from kmodel.uprobes.lookup import vma_has_uprobes
-from kmodel.uprobes.pages import dup_pages, offset_to_vaddr, vaddr_to_offset, zap_pages
+from kmodel.uprobes.pages import dup_pages, move_pages, offset_to_vaddr, vaddr_to_offset, zap_pages
 from kmodel.uprobes.ref_ctr import delayed_ref_ctr_inc
 
 UPROBES_HASH_SZ: Final = 13
@@ -125,6 +125,7 @@ def uprobe_clear_state(mm: Any) -> None:
 hooks.uprobe_mmap = uprobe_mmap
 hooks.uprobe_munmap = uprobe_munmap
 hooks.zap_pages = zap_pages
+hooks.move_pages = move_pages
 hooks.uprobe_start_dup_mmap = uprobe_start_dup_mmap
 hooks.uprobe_end_dup_mmap = uprobe_end_dup_mmap
 hooks.uprobe_dup_mmap = uprobe_dup_mmap

@@ -131,6 +131,18 @@ def zap_pages(mm: Any, start: int, end: int) -> None:
     spin_unlock(state.page_table_lock)
 
 
+def move_pages(mm: Any, old: int, new: int, length: int) -> None:
+    """mremap: the private copies of [old, old + length) go along to `new`. Needs mmap_lock (write)."""
+    state: UprobesState | None = mm.uprobes_state
+    if state is None:
+        return
+    spin_lock(state.page_table_lock)
+    moving = {a: state.pages.pop(a) for a in list(state.pages) if old <= a < old + length}
+    for address, page in moving.items():
+        state.pages[address - old + new] = page
+    spin_unlock(state.page_table_lock)
+
+
 def dup_pages(oldmm: Any, mm: Any) -> None:
     """Give a child the parent's private pages, and with them the breakpoints in them (copy_page_range, H48).
 

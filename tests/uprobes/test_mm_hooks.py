@@ -1,11 +1,24 @@
 """What mmap, munmap, split, merge and fork do to breakpoints and to the flags of an address space."""
 
 import errno
+from typing import Any
 
-from kmodel.core import test_bit
+from kmodel.core import smp_cond_load_acquire, test_bit
 from kmodel.fs import PAGE_SIZE
-from kmodel.mm import MMF_HAS_UPROBES, MMF_RECALC_UPROBES, MmStruct, munmap
+from kmodel.mm import (
+    MMF_HAS_UPROBES,
+    MMF_RECALC_UPROBES,
+    VM_DONTCOPY,
+    MmStruct,
+    hooks,
+    mmap_write_lock,
+    mmap_write_unlock,
+    munmap,
+    vm_flags_set,
+    vma_lookup,
+)
 from kmodel.uprobes import lifetime, uprobe_unregister
+from tests.uprobes.stories import Gate, both_engines
 from tests.uprobes.world import (
     CODE,
     TEXT,
@@ -108,3 +121,75 @@ def test_splitting_a_probed_mapping_keeps_its_breakpoints() -> None:
 
     assert opcode(mm, TEXT + 0x10) == INT3
     assert opcode(mm, TEXT + 3 * PAGE_SIZE + 0x10) == INT3
+
+
+def test_a_child_inherits_breakpoints_but_not_those_of_mappings_left_out() -> None:
+    """Forking copies private pages and MMF_HAS_UPROBES, and asks for a recount (H48)."""
+    parent, child = MmStruct(), MmStruct()
+    one, two = new_file("/bin/one"), new_file("/bin/two")
+    map_text(parent, one)
+    map_text(parent, two, TEXT + 0x10000)
+    registered(one, 0x10)
+    registered(two, 0x20)
+    mmap_write_lock(parent)
+    vm_flags_set(vma_lookup(parent, TEXT + 0x10000), VM_DONTCOPY)
+    mmap_write_unlock(parent)
+
+    hooks.uprobe_start_dup_mmap()
+    mmap_write_lock(parent)
+    mmap_write_lock(child)
+    hooks.uprobe_dup_mmap(parent, child)
+    mmap_write_unlock(child)
+    mmap_write_unlock(parent)
+    hooks.uprobe_end_dup_mmap()
+
+    assert sorted(child.uprobes_state.pages) == [TEXT]
+    assert child.uprobes_state.pages[TEXT].contents[0x10] == INT3
+    assert test_bit(MMF_HAS_UPROBES, child, "flags")
+    assert test_bit(MMF_RECALC_UPROBES, child, "flags")
+
+
+class Fork:
+    """A fork holds dup_mmap_sem while a registration wants to begin."""
+
+    def __init__(self) -> None:
+        self.order: list[str] = []
+        self.gate = Gate()
+        self.mm = MmStruct()
+        self.file = new_file()
+        map_text(self.mm, self.file)
+
+
+def forks(story: Fork) -> None:
+    hooks.uprobe_start_dup_mmap()
+    story.gate.open()
+    for _ in range(5):
+        hooks.uprobe_dup_mmap(story.mm, MmStruct())
+    assert opcode(story.mm, TEXT + 0x10) == CODE[0x10], "a breakpoint appeared during the fork"
+    hooks.uprobe_end_dup_mmap()
+
+
+def registers(story: Fork) -> None:
+    smp_cond_load_acquire(story.gate.at, "opened", bool)
+    registered(story.file, 0x10)
+
+
+@both_engines
+def test_a_registration_waits_for_a_fork(run: Any) -> None:
+    """dup_mmap_sem keeps register's scan out until the fork has linked its mappings (H48)."""
+    story = run(Fork, [forks, registers])
+
+    assert opcode(story.mm, TEXT + 0x10) == INT3
+
+
+def test_private_pages_move_with_their_mapping() -> None:
+    """The mm hook for mremap takes the copies along."""
+    mm = MmStruct()
+    file = new_file()
+    map_text(mm, file)
+    registered(file, PAGE_SIZE + 0x10)
+    mmap_write_lock(mm)
+    hooks.move_pages(mm, TEXT, 0x900000, 2 * PAGE_SIZE)
+    mmap_write_unlock(mm)
+
+    assert sorted(mm.uprobes_state.pages) == [0x900000 + PAGE_SIZE]
