@@ -9,9 +9,11 @@ Read next:   explore/api.py, hazards/catalogue.py
 
 import argparse
 import logging
+import os
 import shlex
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+import kmodel
 from kmodel.cli.guards import known
 from kmodel.cli.progress import ProgressLine, Stopper, duration
 from kmodel.core.guards import without
@@ -31,7 +34,18 @@ from kmodel.explore.words import violation_name
 from kmodel.hazards import CatalogueError, Scenario, load_scenario, scenarios
 from kmodel.torture import BadUsage, check_writable
 
-__all__ = ["EXIT", "add_parser", "positive", "quiet", "run", "seconds", "write_outputs"]
+__all__ = [
+    "EXIT",
+    "add_parser",
+    "check_output",
+    "explained",
+    "find",
+    "positive",
+    "quiet",
+    "run",
+    "seconds",
+    "write_outputs",
+]
 
 EXIT: Mapping[Verdict, int] = {
     Verdict.PASS: 0,
@@ -190,12 +204,26 @@ def explore(scenario: Scenario, arguments: argparse.Namespace) -> Result:
     stopper = Stopper()
     line = ProgressLine(stopper)
     try:
-        with stopper.listening(), quiet(), without(*arguments.removed):
+        with explained(arguments.target), stopper.listening(), quiet(), without(*arguments.removed):
             return scenario.explore(broken=arguments.broken, progress=line, **options)
-    except ValueError as error:
-        raise BadUsage(" ".join(str(error).split())) from error
     finally:
         line.clear()
+
+
+@contextmanager
+def explained(target: str) -> Iterator[None]:
+    """Turn what setup() raises, or explore() of its arguments, into a line; tasks and final() have verdicts."""
+    try:
+        yield
+    except BadUsage:
+        raise
+    except Exception as error:
+        where = innermost(error)
+        if isinstance(error, ValueError) and not where:
+            raise BadUsage(" ".join(str(error).split())) from error
+        if not where:
+            traceback.print_exception(error)  # the explorer's own fault
+        raise BadUsage(f"{target} cannot be explored: {one_line(error)}{where}") from error
 
 
 @contextmanager
@@ -243,10 +271,28 @@ def summary(result: Result, took: float) -> list[str]:
     if result.verdict is Verdict.INCONCLUSIVE:
         return [f"INCONCLUSIVE: {result.reason}", effort]
     assert result.violation is not None
+    where = innermost(result.violation.error)
     return [
-        f"FAIL: {violation_name(result.violation.kind)}: {result.violation.message}",
+        f"FAIL: {violation_name(result.violation.kind)}: {result.violation.message}{where}",
         f"found by {effort}",
     ]
+
+
+def one_line(error: BaseException) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def innermost(error: BaseException | None) -> str:
+    """Where an exception came from in the scenario's or the model's code: " (FILE:LINE in FUNCTION)"."""
+    frames = traceback.extract_tb(error.__traceback__) if error is not None else []
+    package = Path(kmodel.__file__).parent
+    ours = [package / room for room in ("core", "explore", "hazards/catalogue.py", "cli")]
+    for frame in reversed(frames):
+        path = Path(frame.filename)
+        if not any(path.is_relative_to(part) for part in ours):
+            return f" ({os.path.relpath(path)}:{frame.lineno} in {frame.name})"
+    return ""
 
 
 def closing(
@@ -259,7 +305,7 @@ def closing(
         if not arguments.html and not arguments.json:
             lines.append("to see it in a browser: --html FILE; to keep it: --json FILE")
     elif arguments.html or arguments.json:
-        lines.append("nothing breaks, so there is no execution to write")
+        lines.append("no execution that breaks anything was found, so none was written")
     if not arguments.removed:
         expected = scenario.expected_broken if arguments.broken else scenario.expected
         kind = result.violation.kind if result.violation is not None else ""

@@ -10,7 +10,7 @@ Read next:   explore/tracefile.py, docs/trace-format.md
 import argparse
 from typing import Any
 
-from kmodel.cli.explore import EXIT, check_output, find, quiet, write_outputs
+from kmodel.cli.explore import EXIT, check_output, explained, find, quiet, write_outputs
 from kmodel.cli.guards import known
 from kmodel.core.guards import without
 from kmodel.explore import Result, Verdict, replay
@@ -81,7 +81,7 @@ def again(scenario: Scenario, saved: Trace) -> Result:
     unknown = [name for name in removed if name not in known()]
     if unknown:
         raise BadUsage(f"the trace was made without the guard {unknown[0]!r}, which there is not any more")
-    with quiet(), without(*removed):
+    with explained(scenario.name), quiet(), without(*removed):
         return replay(
             saved,
             scenario.setup,

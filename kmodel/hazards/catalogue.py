@@ -222,6 +222,8 @@ def _as_scenario(made: Any, target: str, function: str, doc: str | None) -> Scen
         raise CatalogueError(
             f"{target}: its dict needs 'setup', a function, and 'threads', a list of functions"
         ) from None
+    if not all(map(callable, (setup, *threads))):
+        raise CatalogueError(f"{target}: 'setup' and each of 'threads' must be a function")
     known = {field.name for field in attrs.fields(Scenario)} - {"options"}
     options = {name: rest.pop(name) for name in list(rest) if name not in known}
     unknown = sorted(set(options) - set(inspect.signature(explore).parameters))

@@ -53,6 +53,12 @@ def unpassed():
     """No guard to remove."""
     return {"setup": setup, "threads": [reader]}
 
+def bad_setup():
+    return {"setup": lambda: variables(data=0) + 1, "threads": [reader]}
+
+def bad_body():
+    return {"setup": setup, "threads": [lambda v: undefined]}
+
 state = []
 
 def leaky_body(v):
@@ -112,6 +118,16 @@ def test_a_model_without_the_weakness(capsys: pytest.CaptureFixture[str]) -> Non
     assert status == 0
     assert "memory model sc, without test-cli-barrier" in out
     assert "NOT AS EXPECTED: the catalogue says FAIL (assertion)" in out
+
+
+@pytest.mark.usefixtures("file")
+def test_an_error_in_a_task_is_a_verdict(capsys: pytest.CaptureFixture[str]) -> None:
+    """An exception of a task is a violation of the scenario, and says where it was raised."""
+    status = main(["explore", "mine.py:bad_body"])
+    out = capsys.readouterr().out
+
+    assert status == 1
+    assert "FAIL: error: NameError: name 'undefined' is not defined (mine.py:41 in <lambda>)" in out
 
 
 @pytest.mark.usefixtures("file")
@@ -194,7 +210,7 @@ def test_json_to_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
 def test_nothing_to_write(capsys: pytest.CaptureFixture[str]) -> None:
     """If nothing breaks no file is written, and that is said."""
     assert main(["explore", "mine.py:message", "--json", "a.json", "--html", "a.html"]) == 0
-    assert "nothing breaks, so there is no execution to write" in capsys.readouterr().out
+    assert "no execution that breaks anything was found, so none was written" in capsys.readouterr().out
     assert not Path("a.json").exists()
     assert not Path("a.html").exists()
 
@@ -213,6 +229,10 @@ def test_nothing_to_write(capsys: pytest.CaptureFixture[str]) -> None:
         (
             ["explore", "mine.py:message", "--json", "/no/such/folder/a.json"],
             "--json /no/such/folder/a.json: No such",
+        ),
+        (
+            ["explore", "mine.py:bad_setup"],
+            "mine.py:bad_setup cannot be explored: TypeError: unsupported operand",
         ),
         (["replay", "gone.json"], "gone.json: No such file"),
         (["replay", "mine.py"], "mine.py is not a trace: it is not JSON"),
@@ -311,7 +331,7 @@ def test_progress_elsewhere_is_a_line_now_and_then() -> None:
 
 
 def test_the_first_ctrl_c_asks_the_second_insists() -> None:
-    """The first Ctrl-C makes progress say stop, another one is a KeyboardInterrupt, and then all is as before."""
+    """The first Ctrl-C makes progress say stop, a second is a KeyboardInterrupt; then all is as before."""
     stopper = Stopper()
     line = ProgressLine(stopper, io.StringIO())
     before = signal.getsignal(signal.SIGINT)

@@ -163,6 +163,9 @@ def raises():
 def no_threads():
     return {"setup": setup}
 
+def no_function():
+    return {"setup": 3, "threads": [body]}
+
 def odd_key():
     return {"setup": setup, "threads": [body], "colour": "red"}
 '''
@@ -192,6 +195,7 @@ def test_a_function_of_a_file(file: Path) -> None:
         ("not_one", "returned int, not a Scenario"),
         ("raises", "failed: NameError: name 'undefined' is not defined (line 19)"),
         ("no_threads", "its dict needs 'setup', a function, and 'threads'"),
+        ("no_function", "'setup' and each of 'threads' must be a function"),
         ("odd_key", "explore() has no 'colour'"),
     ],
 )
