@@ -212,7 +212,7 @@ def explore(scenario: Scenario, arguments: argparse.Namespace) -> Result:
 
 @contextmanager
 def explained(target: str) -> Iterator[None]:
-    """Turn what setup() raises, or explore() of its arguments, into a line; tasks and final() have verdicts."""
+    """Make a line of what setup() raises, or explore() about an option; tasks and final() have verdicts."""
     try:
         yield
     except BadUsage:
