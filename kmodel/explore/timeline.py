@@ -16,6 +16,7 @@ Read next:   docs/trace-format.md
 
 import textwrap
 
+from kmodel.explore.fold import folded
 from kmodel.explore.tracefile import Step, Trace
 from kmodel.explore.words import Words, violation_name
 
@@ -48,9 +49,12 @@ def _newest(words: Words, n: int) -> str:
     return f"#{n}" if value is None else f"#{n} = {value}"
 
 
-def render(trace: Trace, *, width: int = 150) -> str:
-    """The timeline of a trace."""
+def render(trace: Trace, *, width: int = 150, whole: bool = False) -> str:
+    """The timeline of a trace; of a long one, without the steps that no other task can notice, unless
+    `whole`.
+    """
     words = Words(trace)
+    left_out = {} if whole else folded(trace)
     tasks = trace["tasks"]
     busy = {step["task"] for step in trace["steps"]}
     lanes = [task for task in tasks if task["id"] in busy] or tasks
@@ -60,7 +64,9 @@ def render(trace: Trace, *, width: int = 150) -> str:
     for step in trace["steps"]:
         if step["kind"] in _QUIET:
             continue
-        text = _cell(words, step)
+        text = left_out[step["n"]] if step["n"] in left_out else _cell(words, step)
+        if not text:
+            continue
         if step.get("preemption"):
             text = f"> {text}"
         rows.append((step, [text]))
