@@ -115,7 +115,6 @@ from kmodel.mm.mm_struct import (
 )
 from kmodel.mm.mmap import (
     do_mmap,
-    get_unmapped_area,
     mmap,
     munmap,
 )
@@ -144,6 +143,9 @@ from kmodel.mm.mprotect import (
 )
 from kmodel.mm.mremap import (
     mremap,
+)
+from kmodel.mm.unmapped_area import (
+    get_unmapped_area,
 )
 from kmodel.mm.vma import (
     VmAreaStruct,

@@ -20,8 +20,9 @@ from kmodel.mm.flags import (
     VM_DATA_DEFAULT_FLAGS,
 )
 from kmodel.mm.mm_struct import MmStruct
-from kmodel.mm.mmap import _raise, get_unmapped_area, vm_start_gap
+from kmodel.mm.mmap import _raise
 from kmodel.mm.mmap_lock import mmap_write_lock_killable, mmap_write_unlock
+from kmodel.mm.unmapped_area import get_unmapped_area, vm_start_gap
 from kmodel.mm.vma import vm_area_alloc, vm_area_free, vm_flags_init, vma_set_range
 from kmodel.mm.vma_iter import (
     find_vma,

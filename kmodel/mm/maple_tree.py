@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from kmodel.core import BUG_ON, rcu_assign_pointer
+from kmodel.mm.maple_build import collect_subtree
 from kmodel.mm.maple_node import (
     GAP,
     PIVOT,
@@ -22,7 +23,7 @@ from kmodel.mm.maple_node import (
     ma_free_rcu,
     mte_set_node_dead,
 )
-from kmodel.mm.maple_store import _collect_subtree, mas_erase, mas_store_gfp
+from kmodel.mm.maple_store import mas_erase, mas_store_gfp
 from kmodel.mm.maple_walk import MaState, mas_find
 from kmodel.rcu import rcu_read_lock, rcu_read_unlock
 
@@ -64,7 +65,7 @@ def __mt_destroy(mt: MapleTree) -> None:
     if root is None:
         return
     nodes: list[MapleNode] = []
-    _collect_subtree(root, nodes)
+    collect_subtree(root, nodes)
     rcu_assign_pointer(mt, "ma_root", None)
     for node in nodes:
         mte_set_node_dead(node)

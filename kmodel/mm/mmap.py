@@ -22,7 +22,6 @@ from errno import (
     ENOMEM,
     EOPNOTSUPP,
     EOVERFLOW,
-    EPERM,
 )
 from typing import Any, Final
 
@@ -57,14 +56,9 @@ from kmodel.mm.flags import (
     MAP_SHARED,
     MAP_SHARED_VALIDATE,
     MAP_TYPE,
-    MMAP_MIN_ADDR,
     PAGE_ALIGN,
-    PAGE_MASK,
     PAGE_SHIFT,
-    PAGE_SIZE,
     PROT_WRITE,
-    STACK_GUARD_GAP,
-    TASK_SIZE,
     VM_ACCOUNT,
     VM_GROWSDOWN,
     VM_MAYEXEC,
@@ -76,16 +70,14 @@ from kmodel.mm.flags import (
     VM_WRITE,
     calc_vm_flag_bits,
     calc_vm_prot_bits,
-    offset_in_page,
 )
-from kmodel.mm.maple_walk import MaState, mas_empty_area_rev
 from kmodel.mm.mm_struct import MmStruct
 from kmodel.mm.mmap_lock import (
-    mmap_assert_locked,
     mmap_assert_write_locked,
     mmap_write_lock_killable,
     mmap_write_unlock,
 )
+from kmodel.mm.unmapped_area import get_unmapped_area, round_hint_to_min
 from kmodel.mm.vma import (
     VmAreaStruct,
     VmOperations,
@@ -194,7 +186,7 @@ def do_mmap(
     if flags & MAP_FIXED_NOREPLACE:
         flags |= MAP_FIXED
     if not flags & MAP_FIXED:
-        addr = _round_hint_to_min(addr)
+        addr = round_hint_to_min(addr)
     length = PAGE_ALIGN(length)
     if not 0 < length <= 0xFFFF_FFFF_FFFF_F000:
         return -ENOMEM
@@ -257,66 +249,6 @@ def _file_vm_flags(file: File, vm_flags: int, prot: int, flags: int) -> int:
     if vm_flags & VM_GROWSDOWN:
         return -EINVAL
     return vm_flags
-
-
-# ------------------------------------------------------------------------------------------------ where
-
-
-def _round_hint_to_min(hint: int) -> int:
-    hint &= PAGE_MASK
-    return PAGE_ALIGN(MMAP_MIN_ADDR) if 0 < hint < MMAP_MIN_ADDR else hint
-
-
-def get_unmapped_area(mm: MmStruct, addr: int, length: int, flags: int) -> int:
-    """Where the mapping goes: the fixed address, the hint if it is free, else top-down from mmap_base."""
-    mmap_assert_locked(mm)
-    if length > TASK_SIZE:
-        return -ENOMEM
-    if not flags & MAP_FIXED:
-        addr = _unmapped_area(mm, addr, length)
-        if addr < 0:
-            return addr
-    if addr > TASK_SIZE - length:
-        return -ENOMEM
-    if offset_in_page(addr):
-        return -EINVAL
-    if addr < MMAP_MIN_ADDR:
-        return -EPERM
-    return addr
-
-
-def _unmapped_area(mm: MmStruct, hint: int, length: int) -> int:
-    if hint and hint + length <= TASK_SIZE:
-        vma = find_vma(mm, hint)
-        if vma is None or hint + length <= vm_start_gap(vma):
-            return hint
-    found = _unmapped_area_topdown(mm, length, PAGE_SIZE, mm.mmap_base)
-    if found < 0:
-        # Nothing below mmap_base: from there up, as a last resort.
-        found = _unmapped_area_topdown(mm, length, mm.mmap_base, TASK_SIZE)
-    return found
-
-
-def _unmapped_area_topdown(mm: MmStruct, length: int, low_limit: int, high_limit: int) -> int:
-    """The highest gap of this length in [low_limit, high_limit) that leaves a stack its guard gap."""
-    low_limit = max(low_limit, MMAP_MIN_ADDR)
-    while high_limit - length >= low_limit:
-        mas = MaState(mm.mm_mt)
-        if mas_empty_area_rev(mas, low_limit, high_limit - 1, length):
-            break
-        gap, gap_end = mas.index, mas.last + 1
-        above = find_vma(mm, gap_end)
-        if above is None or vm_start_gap(above) >= gap_end:
-            return gap
-        high_limit = vm_start_gap(above)
-    return -ENOMEM
-
-
-def vm_start_gap(vma: VmAreaStruct) -> int:
-    """Where others must end before this VMA: stacks keep a guard gap."""
-    if vma.vm_flags & VM_GROWSDOWN:
-        return max(vma.vm_start - STACK_GUARD_GAP, 0)
-    return vma.vm_start
 
 
 # ------------------------------------------------------------------------------------------------ mmap_region

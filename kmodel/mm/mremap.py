@@ -31,8 +31,9 @@ from kmodel.mm.flags import (
     offset_in_page,
 )
 from kmodel.mm.mm_struct import MmStruct
-from kmodel.mm.mmap import _raise, get_unmapped_area
+from kmodel.mm.mmap import _raise
 from kmodel.mm.mmap_lock import mmap_write_lock_killable, mmap_write_unlock
+from kmodel.mm.unmapped_area import get_unmapped_area
 from kmodel.mm.vma import (
     VmAreaStruct,
     vm_area_dup,
