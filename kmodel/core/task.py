@@ -100,9 +100,10 @@ def adopt_thread(comm: str | None = None) -> TaskStruct:
 
 def bind_thread(task: TaskStruct) -> TaskStruct | None:
     """Let the calling OS thread run `task` from now on; return what it ran before."""
-    before = _tasks_by_thread.get(get_ident())
-    task.thread_ident = get_ident()
-    _tasks_by_thread[get_ident()] = task
+    ident = get_ident()
+    before = _tasks_by_thread[ident] if ident in _tasks_by_thread else None
+    task.thread_ident = ident
+    _tasks_by_thread[ident] = task
     return before
 
 

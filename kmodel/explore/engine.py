@@ -86,7 +86,7 @@ class ExploreEngine(Tracer):
         # the threads
         self.idle: list[Baton] = []
         self.done = baton.gate()
-        self.unwound = baton.gate()
+        self.await_unwound, self.say_unwound = baton.parking()
         self.closed = False
         self.abandoned = False
         self.first: tuple[str | None, int, Any] | None = None
@@ -160,7 +160,7 @@ class ExploreEngine(Tracer):
                     self._execute(runner)
                     if runner.unwinding:
                         self.idle.append(mine)
-                        self.unwound.release()
+                        self.say_unwound()
                         mine.wait()
                         if self.closed:
                             return
@@ -251,7 +251,7 @@ class ExploreEngine(Tracer):
             if runner.started and not runner.finished and runner.owner is None:
                 runner.unwinding = True
                 runner.baton.wake()
-                self.unwound.acquire()
+                self.await_unwound()
         if self.nondeterminism is not None or self.hang is not None:
             return False
         if reason != "blocked" and reason != "steps" and self.broken is None:
@@ -549,17 +549,16 @@ class ExploreEngine(Tracer):
         self.built[kid] = obj
         if id(obj) in self.inside:
             outer = self.inside[id(obj)][0]._k_id
-            self.roots[kid] = self.roots.get(outer, outer)
+            self.roots[kid] = self.roots[outer] if outer in self.roots else outer
         for name in obj.__k_embedded__:
             self.inside[id(getattr(obj, name))] = (obj, name)
 
     def loc_of(self, obj: Any, field: str) -> Loc:
         """The location record of a field, made at its first access of an execution."""
         kid = obj._k_id
-        known = self.externals.get(id(obj))
-        if known is not None:
-            kid = known[1]
-        elif self.built.get(kid) is not obj:
+        if id(obj) in self.externals:
+            kid = self.externals[id(obj)][1]
+        elif kid not in self.built or self.built[kid] is not obj:
             # Built before the exploration, so it outlives executions: give it a name and its values back each time.
             kid = -(len(self.externals) + 1) << 4
             self.externals[id(obj)] = (obj, kid, {})
@@ -567,22 +566,23 @@ class ExploreEngine(Tracer):
             obj._k_id = kid
             self.externals[id(obj)][2].setdefault(field, raw_get(obj, field))
         key = (kid, field)
-        loc = self.locs.get(key)
+        loc = self.locs[key] if key in self.locs else None
         if loc is None:
             slot = type(obj).__k_slots__[field]
             loc = self.locs[key] = Loc(obj, field, key, slot)
-            loc.kid = root = self.roots.get(kid, kid)
-            self.of_object.setdefault(root, []).append(loc)
+            loc.kid = root = self.roots[kid] if kid in self.roots else kid
+            if root not in self.of_object:
+                self.of_object[root] = []
+            self.of_object[root].append(loc)
             self.new_loc(loc)
-            freed = self.freed_objects.get(root)
-            if freed is not None:
-                loc.freed = freed
+            if root in self.freed_objects:
+                loc.freed = self.freed_objects[root]
         return loc
 
     def root_of(self, obj: Any) -> int:
         """The name of the outermost struct that `obj` is part of."""
         kid = obj._k_id
-        return self.roots.get(kid, kid)
+        return self.roots[kid] if kid in self.roots else kid
 
     def new_loc(self, loc: Loc) -> None:
         """Hook of the memory models."""

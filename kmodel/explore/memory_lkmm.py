@@ -97,6 +97,12 @@ def _find(hist: list[Store], event: int) -> int:
     raise AssertionError(f"no store of event {event}")
 
 
+def _through(me: Runner, loc: Loc) -> int:
+    """What the pointer through which this task reaches a location obliges it to see."""
+    pointers = me.pointers
+    return pointers[loc.kid] if loc.kid in pointers else 0
+
+
 def _is_free(value: Any) -> bool:
     return not value
 
@@ -128,7 +134,7 @@ class LkmmEngine(ScEngine):
     def visible(self, loc: Loc) -> dict[str, list[int]] | None:
         found = {}
         for runner in self.runners:
-            low = _floor(loc.hist, runner.R | runner.pointers.get(loc.kid, 0))
+            low = _floor(loc.hist, runner.R | _through(runner, loc))
             found[str(runner.pid)] = list(range(low, len(loc.hist)))
         return found
 
@@ -148,12 +154,12 @@ class LkmmEngine(ScEngine):
         if kind == LOAD:
             if len(hist) == 1:
                 return [hist[0].event]
-            low = _floor(hist, me.R | me.pointers.get(loc.kid, 0))
+            low = _floor(hist, me.R | _through(me, loc))
             return [hist[i].event for i in range(len(hist) - 1, low - 1, -1)]
         if kind == STORE:
             return self._places(me, loc)
         if kind == COND:
-            low = _floor(hist, me.R | me.pointers.get(loc.kid, 0))
+            low = _floor(hist, me.R | _through(me, loc))
             return [hist[i].event for i in range(len(hist) - 1, low - 1, -1) if me.arg(hist[i].value)]
         if kind in (RMW, LOCK):
             return self._targets(me, loc)
@@ -161,7 +167,7 @@ class LkmmEngine(ScEngine):
 
     def _places(self, me: Runner, loc: Loc) -> list[Any]:
         hist = loc.hist
-        behind = me.W | me.pointers.get(loc.kid, 0)
+        behind = me.W | _through(me, loc)
         if me.order == "release":
             behind |= me.K
         low = _floor(hist, behind)
@@ -169,7 +175,7 @@ class LkmmEngine(ScEngine):
 
     def _rmw_floors(self, me: Runner, loc: Loc) -> tuple[int, int, int]:
         """From where on a read-modify-write may fail (read), could succeed but for fences, and may succeed."""
-        pointer = me.pointers.get(loc.kid, 0)
+        pointer = _through(me, loc)
         hist = loc.hist
         low = _floor(hist, me.R | pointer)
         view = me.R | me.W | pointer
@@ -202,7 +208,8 @@ class LkmmEngine(ScEngine):
         me = self.cur
         if me is None:
             return raw_get(obj, field)
-        loc = self.locs.get((obj._k_id, field))
+        key = (obj._k_id, field)
+        loc = self.locs[key] if key in self.locs else None
         if loc is None or loc.obj is not obj:
             loc = self.loc_of(obj, field)
         me.kind = LOAD
@@ -219,7 +226,7 @@ class LkmmEngine(ScEngine):
         clock = old | bit | loc.fclk
         if event >= 0:
             clock |= self.clk[event]
-        view = me.R | me.pointers.get(loc.kid, 0)
+        view = me.R | _through(me, loc)
         if loc.freed >= 0:
             self.oracles.use_after_free(me, d, loc, "read")
         if self.check_races:
@@ -255,7 +262,7 @@ class LkmmEngine(ScEngine):
             if view and isinstance(store.value, KernelObject):
                 # Address dependency: what is read through the pointer is at least what its publisher had ordered before.
                 kid = store.value._k_id
-                me.pointers[kid] = me.pointers.get(kid, 0) | view
+                me.pointers[kid] = me.pointers[kid] | view if kid in me.pointers else view
 
     # -- stores
 
@@ -264,7 +271,8 @@ class LkmmEngine(ScEngine):
         if me is None:
             raw_set(obj, field, value)
             return
-        loc = self.locs.get((obj._k_id, field))
+        key = (obj._k_id, field)
+        loc = self.locs[key] if key in self.locs else None
         if loc is None or loc.obj is not obj:
             loc = self.loc_of(obj, field)
         me.kind = STORE
@@ -305,7 +313,7 @@ class LkmmEngine(ScEngine):
         else:
             bad = loc.plainw | loc.plainr if not me.nocheck else 0
         loc.allw |= bit
-        bad &= ~(me.W | me.pointers.get(loc.kid, 0) | me.own)
+        bad &= ~(me.W | _through(me, loc) | me.own)
         if bad:
             self.oracles.data_race(me, d, loc, bad, "store", order)
 
@@ -635,7 +643,7 @@ class LkmmEngine(ScEngine):
         again = self.root_of(obj) in self.freed_objects
         super().allocated(obj)
         if again:
-            for loc in self.of_object.get(self.root_of(obj), ()):
+            for loc in self.of_object[self.root_of(obj)] if self.root_of(obj) in self.of_object else ():
                 self._forget(loc)
 
     # -- grace periods

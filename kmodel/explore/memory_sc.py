@@ -48,7 +48,8 @@ class ScEngine(ExploreEngine):
         me = self.cur
         if me is None:
             return raw_get(obj, field)
-        loc = self.locs.get((obj._k_id, field))
+        key = (obj._k_id, field)
+        loc = self.locs[key] if key in self.locs else None
         if loc is None or loc.obj is not obj:
             loc = self.loc_of(obj, field)
         me.kind = LOAD
@@ -90,7 +91,8 @@ class ScEngine(ExploreEngine):
         if me is None:
             raw_set(obj, field, value)
             return
-        loc = self.locs.get((obj._k_id, field))
+        key = (obj._k_id, field)
+        loc = self.locs[key] if key in self.locs else None
         if loc is None or loc.obj is not obj:
             loc = self.loc_of(obj, field)
         me.kind = STORE
@@ -161,7 +163,8 @@ class ScEngine(ExploreEngine):
             if new is not NO_STORE:
                 raw_set(obj, field, new)
             return old
-        loc = self.locs.get((obj._k_id, field))
+        key = (obj._k_id, field)
+        loc = self.locs[key] if key in self.locs else None
         if loc is None or loc.obj is not obj:
             loc = self.loc_of(obj, field)
         me.kind = RMW
@@ -350,7 +353,7 @@ class ScEngine(ExploreEngine):
         me = self.cur
         kid = self.root_of(obj)
         self.freed_objects.pop(kid, None)
-        for loc in self.of_object.get(kid, ()):
+        for loc in self.of_object[kid] if kid in self.of_object else ():
             loc.freed = -1
             loc.allr = loc.allw = loc.plainr = loc.plainw = 0
         self.oracles.note_alloc(me, obj)

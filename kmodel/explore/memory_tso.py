@@ -56,11 +56,10 @@ class TsoEngine(ScEngine):
                         if self.recorder is not None:
                             self.recorder.load(me, loc, LOAD, order, value, forwarded=True)
                         return value
-            loc_or_none = self.locs.get((obj._k_id, field))
-            if loc_or_none is not None:
-                own = me.pointers.get(id(loc_or_none))
-                if own is not None:  # its own store to here has reached memory
-                    me.clock |= self.clk[own]
+            key = (obj._k_id, field)
+            if key in self.locs and id(self.locs[key]) in me.pointers:
+                # Its own store to here has reached memory.
+                me.clock |= self.clk[me.pointers[id(self.locs[key])]]
         return super()._load(obj, field, order)
 
     def _store(self, obj: Any, field: str, value: Any, order: str) -> None:

@@ -130,7 +130,7 @@ class Search:
 
     def awake(self, runner: Runner, sleep: dict[int, Any]) -> list[Any] | None:
         """The labels with which this task is still to be tried; None if it sleeps."""
-        entry = sleep.get(runner.idx)
+        entry = sleep[runner.idx] if runner.idx in sleep else None
         if not self.e.labelled:
             return None if entry is not None else [None]
         labels = self.e.labels(runner)
@@ -224,7 +224,8 @@ class Search:
             node = stack[-1]
             if node.label is not None and self.sleeping:
                 # A new dict: nodes further up share the old one.
-                node.sleep[node.task] = {**node.sleep.get(node.task, {}), node.label: node.isw}
+                before = node.sleep[node.task] if node.task in node.sleep else {}
+                node.sleep[node.task] = {**before, node.label: node.isw}
             if node.labels:
                 node.label = node.labels.pop(0)
                 e.plen = len(stack)
