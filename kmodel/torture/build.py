@@ -33,7 +33,7 @@ from kmodel.torture.probes import PAGE_SIZE, BadProbe, Choice, Probe, choose, pa
 from kmodel.torture.registrar import new_consumer
 from kmodel.torture.remap import CHURN_PAGES, write_section_ends
 from kmodel.torture.source import BadSource, Source, read_file, read_process
-from kmodel.torture.world import Config, Key, Process, World
+from kmodel.torture.world import Config, Key, Process, Region, World
 from kmodel.uprobes import (
     lifetime,
     lookup,
@@ -45,7 +45,7 @@ from kmodel.uprobes import (
 
 ENOTSUPP = 524
 PROCESSES = ("a", "b")
-PERMANENT, SLOTS, PER_SLOT, CHURNED = 32, 12, 4, 16
+PERMANENT, SLOTS, PER_SLOT, CLUSTERS = 32, 12, 4, 4
 SPARE_PAGES = 4
 
 PROT_RX = mm_constants.PROT_READ | mm_constants.PROT_EXEC
@@ -88,7 +88,7 @@ def build(config: Config, oracle: Oracle, stack: contextlib.ExitStack) -> Scene:
             permanent=PERMANENT,
             slots=SLOTS,
             per_slot=PER_SLOT,
-            churned=CHURNED,
+            clusters=CLUSTERS,
             explicit=explicit,
         )
     except (BadSource, BadProbe, ValueError) as error:
@@ -139,6 +139,7 @@ class Keys:
     permanent: list[Key]
     churned: list[Key]
     groups: list[list[Key]]
+    regions: list[Region]
 
 
 def make_keys(world: World, choice: Choice) -> Keys:
@@ -149,7 +150,12 @@ def make_keys(world: World, choice: Choice) -> Keys:
         world.labels[made.place] = str(probe)
         return made
 
-    keys = Keys([key(p) for p in choice.permanent], [key(p) for p in choice.churned], [])
+    keys = Keys([key(p) for p in choice.permanent], [], [], [])
+    for cluster in choice.clusters:
+        region = Region([key(p) for p in cluster.permanent], [key(p) for p in cluster.churned])
+        keys.regions.append(region)
+        keys.permanent += region.permanent
+        keys.churned += region.churned
     for group in choice.contested:
         members = [key(p) for p in group]
         keys.groups.append(members)
@@ -158,7 +164,8 @@ def make_keys(world: World, choice: Choice) -> Keys:
             keys.permanent += members[:-1]
         else:
             keys.permanent += members
-    world.permanent, world.churned, world.contested = keys.permanent, keys.churned, keys.groups
+    world.permanent, world.churned = keys.permanent, keys.churned
+    world.contested, world.regions = keys.groups, keys.regions
     return keys
 
 
@@ -215,6 +222,8 @@ def register_permanent(world: World) -> None:
             where = f"{key.probe.path}:{key.probe.name} at {key.offset:#x}"
             raise Unusable(f"probe {where}: the kernel refuses it: {why}")
         world.permanent.remove(key)
+        for region in world.regions:
+            region.permanent = [k for k in region.permanent if k is not key]
         for process in world.processes:
             process.permanent = {a: k for a, k in process.permanent.items() if k is not key}
 

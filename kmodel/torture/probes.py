@@ -19,6 +19,7 @@ from kmodel.torture.elf import Function, NotElf, bytes_at, find_function, functi
 PAGE_SIZE = 4096
 # int3: a place that holds one already cannot be probed.
 UPROBE_SWBP_INSN = b"\xcc"
+CLUSTER_SIZE = 18
 _TRACEFS = re.compile(r"^(?P<kind>[a-z]\S*?)(?::(?P<event>\S*))?\s+(?P<place>\S+)(?P<rest>\s.*)?$")
 _EVENT = re.compile(r"^(?:[A-Za-z_][A-Za-z0-9_]*/)?[A-Za-z_][A-Za-z0-9_]*$")
 
@@ -136,17 +137,27 @@ class Choice:
     them.
     """
 
-    churned: tuple[Probe, ...]
-    """Registered and unregistered all the time; close to permanent ones in the tree, so that rotations pass
-    over those.
-    """
+    clusters: tuple["Cluster", ...]
+    """Probes that come and go, among some that stay."""
 
     @property
     def all(self) -> tuple[Probe, ...]:
         """Every probe once."""
-        return tuple(
-            sorted({*self.permanent, *self.churned, *(p for group in self.contested for p in group)})
-        )
+        chosen = {*self.permanent, *(probe for group in self.contested for probe in group)}
+        for cluster in self.clusters:
+            chosen.update(cluster.permanent, cluster.churned)
+        return tuple(sorted(chosen))
+
+
+@attrs.frozen
+class Cluster:
+    """Functions that follow each other in a file, and so in the tree: some registered from start to end,
+    between them
+    others that are registered and unregistered all the time, so that rotations pass over the first.
+    """
+
+    permanent: tuple[Probe, ...]
+    churned: tuple[Probe, ...]
 
 
 def is_libc(path: str) -> bool:
@@ -173,7 +184,7 @@ def choose(
     permanent: int,
     slots: int,
     per_slot: int,
-    churned: int,
+    clusters: int,
     explicit: Sequence[Probe] = (),
 ) -> Choice:
     """Choose probes among the functions of `paths` (executable mapped files, C library or not).
@@ -205,8 +216,7 @@ def choose(
 
     groups = _groups(by_path, rng, slots, per_slot, taken)
     taken |= {(probe.path, probe.offset) for group in groups for probe in group}
-    neighbours = _neighbours(by_path, fixed, rng, churned, taken)
-    return Choice(tuple(fixed), groups, tuple(neighbours))
+    return Choice(tuple(fixed), groups, _clusters(by_path, rng, clusters, taken))
 
 
 def _shares(by_path: dict[str, list[Probe]], count: int) -> list[tuple[str, int]]:
@@ -263,37 +273,22 @@ def _groups(
     return tuple(groups)
 
 
-def _neighbours(
-    by_path: dict[str, list[Probe]],
-    fixed: Sequence[Probe],
-    rng: random.Random,
-    count: int,
-    taken: set[tuple[str, int]],
-) -> list[Probe]:
-    """Functions next to permanent probes in their file, in turn of those, so that they are neighbours in
-    the tree.
-    """
-    chosen: list[Probe] = []
-    reach = 0
-    order = list(fixed)
-    rng.shuffle(order)
-    positions = {path: {p.offset: n for n, p in enumerate(probes)} for path, probes in by_path.items()}
-    while len(chosen) < count and reach < 64:
-        reach += 1
-        for probe in order:
-            if len(chosen) == count:
-                break
-            here = positions.get(probe.path, {}).get(probe.offset)
-            if here is None:
-                continue
-            for near in (here + reach, here - reach):
-                candidates = by_path[probe.path]
-                if 0 <= near < len(candidates) and len(chosen) < count:
-                    neighbour = candidates[near]
-                    if (neighbour.path, neighbour.offset) not in taken:
-                        taken.add((neighbour.path, neighbour.offset))
-                        chosen.append(neighbour)
-    return chosen
+def _clusters(
+    by_path: dict[str, list[Probe]], rng: random.Random, count: int, taken: set[tuple[str, int]]
+) -> tuple[Cluster, ...]:
+    """Stretches of neighbouring functions in the largest files, every third of them permanent."""
+    largest = sorted(by_path, key=lambda path: (-len(by_path[path]), path))[:2]
+    chosen: list[Cluster] = []
+    for n in range(count if largest else 0):
+        probes = by_path[largest[n % len(largest)]]
+        start = rng.randrange(max(1, len(probes) - CLUSTER_SIZE))
+        members = [p for p in probes[start : start + CLUSTER_SIZE] if (p.path, p.offset) not in taken]
+        taken.update((p.path, p.offset) for p in members)
+        permanent = tuple(p for at, p in enumerate(members) if at % 3 == 1)
+        churned = tuple(p for at, p in enumerate(members) if at % 3 != 1)
+        if churned:
+            chosen.append(Cluster(permanent, churned))
+    return tuple(chosen)
 
 
 def instruction(probe: Probe, count: int = 16) -> bytes:

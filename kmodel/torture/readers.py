@@ -18,6 +18,7 @@ from kmodel.sync import REFCOUNT_SATURATED, refcount_read
 from kmodel.torture.oracle import name_of
 from kmodel.torture.source import parse_maps
 from kmodel.torture.tasks import Task
+from kmodel.torture.wary import wary
 from kmodel.torture.watch import lock_sequence
 from kmodel.torture.world import Key, Member
 from kmodel.uprobes import PtRegs, exc_int3, find_uprobe_rcu, forced_signals, handle_swbp, put_uprobe, tree
@@ -36,16 +37,23 @@ class Hitter(Task):
         self.permanent = list(me.process.permanent)
         self.contested = list(me.process.slots)
         self.churned = list(me.process.churned)
+        # per region: the addresses of its probes that come and go
+        churned = me.process.churned
+        self.regions = [[a for a, key in churned.items() if key in r.churned] for r in me.world.regions]
         self.regs = PtRegs()
 
     def step(self) -> None:
-        chance = self.rng.random()
-        if chance < 0.5 and self.contested:
-            self.hit(self.rng.choice(self.contested), handle_swbp)
-        elif chance < 0.75 and self.churned:
-            self.hit(self.rng.choice(self.churned), handle_swbp)
+        rng, focus = self.rng, self.world.focus
+        chance = rng.random()
+        if chance < 0.35 and self.contested:
+            self.hit(self.contested[focus.slot], handle_swbp)
+        elif chance < 0.5 and self.contested:
+            self.hit(rng.choice(self.contested), handle_swbp)
+        elif chance < 0.8 and self.churned:
+            near = self.regions[focus.region] if self.regions else []
+            self.hit(rng.choice(near or self.churned), handle_swbp)
         elif self.permanent:
-            self.hit_permanent(self.rng.choice(self.permanent))
+            self.hit_permanent(rng.choice(self.permanent))
 
     def hit(self, address: int, trap: Callable[[PtRegs], None]) -> None:
         """What the task does when the CPU has executed the breakpoint at `address`."""
@@ -53,7 +61,7 @@ class Hitter(Task):
         me.hit_calls = 0
         me.hit_address = address
         me.hit_seq = lock_sequence(self.mm)
-        regs.ip = address + 1
+        regs.ip = wary(address + 1, me)
         regs.sp = 0x7FFF_FFFF_E000
         regs.stack.clear()
         self.log.count("hit")
@@ -89,8 +97,10 @@ class Descender(Task):
     rest = 0.0003
 
     def step(self) -> None:
-        for _ in range(DESCENTS_PER_STEP):
-            self.descend(self.rng.choice(self.world.permanent))
+        regions, focus = self.world.regions, self.world.focus
+        near = regions[focus.region].permanent if regions else []
+        for n in range(DESCENTS_PER_STEP):
+            self.descend(self.rng.choice(near if near and n & 3 else self.world.permanent))
 
     def descend(self, key: Key) -> None:
         """Look one up; it is there, so it must be found."""
@@ -98,7 +108,7 @@ class Descender(Task):
         rcu_read_lock_trace(self.me.task)
         before = seqcount.sequence
         began = time.monotonic_ns()
-        found = find_uprobe_rcu(key.inode, key.offset)
+        found = find_uprobe_rcu(key.inode, wary(key.offset, self.me))
         took = time.monotonic_ns() - began
         after = seqcount.sequence
         rcu_read_unlock_trace(self.me.task)
@@ -139,13 +149,15 @@ class RefUser(Task):
     rest = 0.0005
 
     def step(self) -> None:
-        key = self.rng.choice(self.world.churned or self.world.permanent)
+        world = self.world
+        near = world.regions[world.focus.region].churned if world.regions else []
+        key = self.rng.choice(near or world.churned or world.permanent)
         log, task = self.log, self.me.task
         rcu_read_lock_trace(task)
         seen = find_uprobe_rcu(key.inode, key.offset)
         dying = seen is not None and refcount_read(seen, "ref") == 0
         rcu_read_unlock_trace(task)
-        uprobe = find_uprobe(key.inode, key.offset)
+        uprobe = find_uprobe(key.inode, wary(key.offset, self.me))
         log.count("ref_get")
         if uprobe is None:
             if dying:

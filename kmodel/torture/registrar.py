@@ -30,15 +30,24 @@ class Registrar(Task):
 
     def __init__(self, me: Member, rng: random.Random) -> None:
         super().__init__(me, rng)
-        self.keys = list(me.world.churned)
+        self.regions = list(me.world.regions)
+        in_regions = {key for region in self.regions for key in region.churned}
+        self.others = [key for key in me.world.churned if key not in in_regions]
+        self.turn = 0
         self.mine: dict[Key, tuple[Any, TortureConsumer]] = {}
         self.unsynced: list[TortureConsumer] = []
 
     def step(self) -> None:
-        if not self.keys:
+        if not self.regions:
             time.sleep(0.001)
             return
-        key = self.rng.choice(self.keys)
+        if self.rng.random() < 0.03:
+            self.turn = self.rng.randrange(len(self.regions))
+            self.world.focus.region = self.turn
+        if self.others and self.rng.random() < 0.2:
+            key = self.rng.choice(self.others)
+        else:
+            key = self.rng.choice(self.regions[self.turn].churned)
         if key not in self.mine:
             self.register(key)
         else:

@@ -81,10 +81,14 @@ class Remapper(Task):
 
     def __init__(self, me: Member, rng: random.Random) -> None:
         super().__init__(me, rng)
-        self.slots = [slot for process in me.world.processes for slot in process.slots.values()]
+        self.processes = [list(process.slots.values()) for process in me.world.processes]
+        self.turn = 0
 
     def step(self) -> None:
-        slot = self.rng.choice(self.slots)
+        if self.rng.random() < 0.1:
+            self.turn = self.rng.randrange(len(self.processes[0]))
+            self.world.focus.slot = self.turn
+        slot = self.rng.choice(self.processes)[self.turn]
         chance = self.rng.random()
         self.log.count("remap")
         if chance < 0.55:

@@ -80,6 +80,24 @@ class Process:
 
 
 @attrs.define(eq=False)
+class Region:
+    """A cluster of probes in the tree: those that stay are what readers look for while the others come and
+    go.
+    """
+
+    permanent: list[Key]
+    churned: list[Key]
+
+
+class Focus:
+    """Where the action is now, as small numbers: writers announce it and readers go there."""
+
+    def __init__(self) -> None:
+        self.slot = 0
+        self.region = 0
+
+
+@attrs.define(eq=False)
 class World:
     """Everything the tasks share."""
 
@@ -88,6 +106,8 @@ class World:
     permanent: list[Key] = attrs.field(factory=list)
     contested: list[list[Key]] = attrs.field(factory=list)
     churned: list[Key] = attrs.field(factory=list)
+    regions: list[Region] = attrs.field(factory=list)
+    focus: Focus = attrs.field(factory=Focus)
     # files with probes, held open; path -> inode, and names of places for showing
     opened: list[Any] = attrs.field(factory=list)
     inodes: dict[str, Any] = attrs.field(factory=dict)

@@ -5,7 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from kmodel.torture.probes import BadProbe, Choice, Probe, ProbeSpec, choose, parse_probe, resolve
+from kmodel.torture.probes import (
+    CLUSTER_SIZE,
+    BadProbe,
+    Choice,
+    Probe,
+    ProbeSpec,
+    choose,
+    parse_probe,
+    resolve,
+)
 from tests.torture.tiny_elf import TEXT_OFFSET, tiny_elf
 
 
@@ -92,7 +101,9 @@ def two_files(folder: Path) -> list[str]:
 
 
 def choice(paths: list[str], seed: int, explicit: tuple[Probe, ...] = ()) -> Choice:
-    return choose(paths, random.Random(seed), permanent=16, slots=4, per_slot=3, churned=8, explicit=explicit)
+    return choose(
+        paths, random.Random(seed), permanent=16, slots=4, per_slot=3, clusters=2, explicit=explicit
+    )
 
 
 def test_equal_seeds_choose_equal_probes(tmp_path: Path) -> None:
@@ -123,11 +134,15 @@ def test_a_contested_slot_has_probes_at_one_offset_in_the_page(tmp_path: Path) -
 
 def test_churned_probes_are_next_to_permanent_ones(tmp_path: Path) -> None:
     """They are neighbours in the tree, so that rotations pass over probes that must never be missed."""
-    chosen = choice(two_files(tmp_path), 1)
+    clusters = choice(two_files(tmp_path), 1).clusters
 
-    assert len(chosen.churned) == 8
-    for probe in chosen.churned:
-        assert any(abs(probe.offset - p.offset) <= 128 and p.path == probe.path for p in chosen.permanent)
+    assert len(clusters) == 2
+    for cluster in clusters:
+        assert len(cluster.churned) > len(cluster.permanent) > 0
+        for probe in cluster.churned:
+            assert any(
+                abs(probe.offset - p.offset) <= 256 and p.path == probe.path for p in cluster.permanent
+            )
 
 
 def test_no_place_is_chosen_twice(tmp_path: Path) -> None:
@@ -135,10 +150,13 @@ def test_no_place_is_chosen_twice(tmp_path: Path) -> None:
     paths = two_files(tmp_path)
     mine = Probe(paths[0], TEXT_OFFSET + 128, "mine", explicit=True)
     chosen = choice(paths, 1, (mine,))
-    places = [(p.path, p.offset) for p in (*chosen.permanent, *chosen.churned, *sum(chosen.contested, ()))]
+    probes = [*chosen.permanent, *sum(chosen.contested, ())]
+    for cluster in chosen.clusters:
+        probes += (*cluster.permanent, *cluster.churned)
+    places = [(p.path, p.offset) for p in probes]
 
     assert mine in chosen.permanent
-    assert len(places) == len(set(places)) == 16 + 8 + 12
+    assert len(places) == len(set(places)) == len(chosen.all) > 16 + 12 + 2 * CLUSTER_SIZE // 2
 
 
 def test_functions_that_begin_with_a_breakpoint_are_not_chosen(tmp_path: Path) -> None:
