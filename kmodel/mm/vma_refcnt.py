@@ -44,7 +44,6 @@ from kmodel.sync import (
     rcuwait_wait_event,
     rcuwait_wake_up,
     refcount_dec_and_test,
-    refcount_read,
     refcount_set,
     refcount_set_release,
     refcount_sub_and_test,
@@ -204,7 +203,9 @@ def __is_vma_write_locked(vma: "VmAreaStruct") -> bool:
 
 
 def _refcnt_is(vma: "VmAreaStruct", target: int) -> bool:
-    return refcount_read(vma, "vm_refcnt") == target
+    # A relaxed load in the kernel, and the control dependency after it: stores of the writer stay behind.
+    # The race oracle knows no control dependencies, hence an acquire.
+    return bool(smp_load_acquire(vma, "vm_refcnt") == target)
 
 
 def _add_flag(old: int) -> int:
