@@ -114,6 +114,7 @@ class ExploreEngine(Tracer):
         self.roots: dict[int, int] = {}  # name of an embedded struct -> name of the outermost one
         self.domains: dict[Any, Any] = {}
         self.allocated_now: dict[int, Any] = {}
+        self.judging = False  # a task's condition is being evaluated
         self.over: str | None = None  # why the execution ended
         self.boot_children = self.boot_created = 0
         self.last_runner = -1
@@ -213,7 +214,7 @@ class ExploreEngine(Tracer):
         try:
             self.state = self.setup()
             for n, func in enumerate(self.threads):
-                self._add(func, (self.state,), getattr(func, "__name__", f"thread-{n}"), daemon=False)
+                self.add(func, (self.state,), getattr(func, "__name__", f"thread-{n}"), daemon=False)
         finally:
             unbind_thread()
         if self.recorder is not None:
@@ -445,14 +446,26 @@ class ExploreEngine(Tracer):
     def enabled(self) -> int:
         """The set of tasks that can go on."""
         mask = self.live
+        before, self.cur, self.judging = self.cur, None, True
         for runner in self.waiting:
             if runner.ready(runner):  # type: ignore[misc]
                 mask |= runner.bit
+        self.cur, self.judging = before, False
         return mask
+
+    def unseen_load(self, obj: Any, field: str) -> Any:
+        """A load outside the run: setup(), final(), outcome()."""
+        if self.judging:
+            raise TypeError(
+                f"a wait's condition reads {type(obj).__name__}.{field}: it must be a function of the value it is given, "
+                "or nobody knows what it waits for"
+            )
+        return raw_get(obj, field)
 
     # -- tasks
 
-    def _add(self, func: Callable[..., Any], args: tuple[Any, ...], comm: str, daemon: bool) -> Runner:
+    def add(self, func: Callable[..., Any], args: tuple[Any, ...], comm: str, daemon: bool) -> Runner:
+        """A new task, of the one that runs now."""
         parent = self.cur
         if parent is None:
             self.boot_children += 1
@@ -484,7 +497,7 @@ class ExploreEngine(Tracer):
         return other.finished
 
     def spawn(self, func: Callable[..., Any], args: tuple[Any, ...], comm: str, daemon: bool) -> TaskStruct:
-        return self._add(func, args, comm, daemon).task  # type: ignore[no-any-return]
+        return self.add(func, args, comm, daemon).task  # type: ignore[no-any-return]
 
     def wait_for(self, me: Runner, others: Sequence[Runner], doing: str) -> None:
         """Until these tasks have ended."""
@@ -530,7 +543,7 @@ class ExploreEngine(Tracer):
         pass
 
     def run_later(self, func: Callable[[], None], delay: float, comm: str) -> None:
-        self._add(func, (), comm, True)
+        self.add(func, (), comm, True)
 
     def now(self) -> float:
         return float(self.depth)

@@ -207,7 +207,7 @@ class LkmmEngine(ScEngine):
     def _load(self, obj: Any, field: str, order: str) -> Any:
         me = self.cur
         if me is None:
-            return raw_get(obj, field)
+            return self.unseen_load(obj, field)
         key = (obj._k_id, field)
         loc = self.locs[key] if key in self.locs else None
         if loc is None or loc.obj is not obj:
@@ -229,12 +229,12 @@ class LkmmEngine(ScEngine):
         view = me.R | _through(me, loc)
         if loc.freed >= 0:
             self.oracles.use_after_free(me, d, loc, "read")
-        if self.check_races:
-            if order == "plain" and not me.nocheck:
+        if self.check_races and not me.nocheck:
+            if order == "plain":
                 bad = loc.allw & ~(view | me.own)
                 loc.plainr |= bit
             else:
-                bad = loc.plainw & ~(view | me.own) if not me.nocheck else 0
+                bad = loc.plainw & ~(view | me.own)
             loc.allr |= bit
             if bad:
                 self.oracles.data_race(me, d, loc, bad, "load", order)
@@ -305,13 +305,13 @@ class LkmmEngine(ScEngine):
         bit = 1 << d
         if loc.freed >= 0:
             self.oracles.use_after_free(me, d, loc, "written")
-        if not self.check_races:
+        if not self.check_races or me.nocheck:
             return
-        if order == "plain" and not me.nocheck:
+        if order == "plain":
             bad = loc.allw | loc.allr
             loc.plainw |= bit
         else:
-            bad = loc.plainw | loc.plainr if not me.nocheck else 0
+            bad = loc.plainw | loc.plainr
         loc.allw |= bit
         bad &= ~(me.W | _through(me, loc) | me.own)
         if bad:

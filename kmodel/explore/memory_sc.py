@@ -47,7 +47,7 @@ class ScEngine(ExploreEngine):
     def _load(self, obj: Any, field: str, order: str) -> Any:
         me = self.cur
         if me is None:
-            return raw_get(obj, field)
+            return self.unseen_load(obj, field)
         key = (obj._k_id, field)
         loc = self.locs[key] if key in self.locs else None
         if loc is None or loc.obj is not obj:
@@ -70,15 +70,18 @@ class ScEngine(ExploreEngine):
         value = loc.get(loc.obj)  # type: ignore[misc]
         if loc.freed >= 0:
             self.oracles.use_after_free(me, d, loc, "read")
-        if order == "plain" and not me.nocheck:
+        if me.nocheck:
+            bad = 0
+        elif order == "plain":
             bad = loc.allw & ~me.K
             loc.plainr |= bit
+            loc.allr |= bit
         else:
-            bad = loc.plainw & ~me.K if not me.nocheck else 0
+            bad = loc.plainw & ~me.K
+            loc.allr |= bit
             me.K |= loc.sync
         if bad and self.check_races:
             self.oracles.data_race(me, d, loc, bad, "load", order)
-        loc.allr |= bit
         me.K |= bit
         me.turn.append((loc, len(loc.writes)))
         self.commit(me, d, clock, kind, loc, False)
@@ -124,19 +127,21 @@ class ScEngine(ExploreEngine):
         loc.reads.clear()
         if loc.freed >= 0:
             self.oracles.use_after_free(me, d, loc, "written")
-        if order == "plain" and not me.nocheck:
+        me.K |= bit
+        if me.nocheck:
+            bad = 0
+        elif order == "plain":
             bad = (loc.allw | loc.allr) & ~me.K
             loc.plainw |= bit
-            me.K |= bit
+            loc.allw |= bit
         else:
-            bad = (loc.plainw | loc.plainr) & ~me.K if not me.nocheck else 0
-            me.K |= bit
+            bad = (loc.plainw | loc.plainr) & ~me.K
+            loc.allw |= bit
             if kind == RMW:
                 me.K |= loc.sync
             loc.sync |= me.K
         if bad and self.check_races:
             self.oracles.data_race(me, d, loc, bad, "store", order)
-        loc.allw |= bit
         me.dirty = True
         loc.set(obj, value)  # type: ignore[misc]
         self.commit(me, d, clock, kind, loc, True)

@@ -139,16 +139,10 @@ class TsoEngine(ScEngine):
             return
         loc = self.loc_of(obj, field)
         self._buffer(me, loc, 0, "release")
-        if self.recorder is not None:
-            self.recorder.lock(me, loc, "unlock")
 
-    def spawn(self, func: Callable[..., Any], args: tuple[Any, ...], comm: str, daemon: bool) -> Any:
+    def add(self, func: Callable[..., Any], args: tuple[Any, ...], comm: str, daemon: bool) -> Runner:
         self.drain(self.cur)
-        return super().spawn(func, args, comm, daemon)
-
-    def run_later(self, func: Callable[[], None], delay: float, comm: str) -> None:
-        self.drain(self.cur)
-        super().run_later(func, delay, comm)
+        return super().add(func, args, comm, daemon)
 
     def gone(self, other: Runner) -> bool:
         return other.finished and not self.buffers[other.idx]

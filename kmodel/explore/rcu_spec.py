@@ -142,7 +142,7 @@ class RcuSpecification:
     def call(self, domain: Any, func: Callable[[], None]) -> None:
         """Have func run after a grace period, in a task of its own."""
         dom = self.domain(domain)
-        runner = self.e._add(self._callback, (domain, func), f"{dom.name}-callback", True)
+        runner = self.e.add(self._callback, (domain, func), f"{dom.name}-callback", True)
         dom.calls.append(runner)
         if self.e.recorder is not None and self.e.cur is not None:
             self.e.recorder.rcu(self.e.cur, "gp-call", dom.name)

@@ -39,6 +39,7 @@ class Recorder:
         self.told: dict[
             tuple[int, str], LocationState
         ] = {}  # what the steps so far have said of each location
+        self.waiting: dict[int, list[Step]] = {}  # tso: what stands in a task's store buffer
         self.e: Any = None
 
     def begin(self, engine: Any) -> None:
@@ -82,9 +83,13 @@ class Recorder:
             frame = frame.f_back
         return operation if operation not in ("rmw", "_cmpxchg", "_store") else "", found
 
-    def here(self) -> str:
-        """The line that makes the access now."""
-        _op, found = self._source()
+    def here(self, me: Runner) -> str:
+        """The line that makes the access now, or made it when its store entered a buffer."""
+        if me.owner is not None:
+            source = self.waiting[me.owner.idx][0].get("source")
+            found = [] if source is None else [source]
+        else:
+            _op, found = self._source()
         return f"{found[0]['file']}:{found[0]['line']}" if found else "?"
 
     def site(self, event: int) -> str:
@@ -109,6 +114,10 @@ class Recorder:
                 step["source"] = found[0]
                 if len(found) > 1:
                     step["stack"] = found[1:]
+        elif self.waiting[me.owner.idx]:
+            source = self.waiting[me.owner.idx].pop(0).get("source")
+            if source is not None:
+                step["source"] = source
         if event is not None:
             self.of_event[event] = n
             node = self.e.stack[event]
@@ -216,6 +225,7 @@ class Recorder:
         where = self._location(loc)
         step = self._step(me, "store", None, order=order, location=where, value=self.e.names.value(value))
         step["notes"] = ["It waits in the store buffer: others do not see it yet."]
+        self.waiting.setdefault(me.idx, []).append(step)
 
     def rmw(self, me: Runner, loc: Loc, order: str, old: Any, new: Any) -> None:
         """A read-modify-write that stored."""
