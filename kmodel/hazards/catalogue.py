@@ -25,7 +25,7 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,10 @@ def _names(value: Any) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
+def _bodies(value: Iterable[Body]) -> tuple[Body, ...]:
+    return tuple(value)
+
+
 @attrs.frozen(kw_only=True)
 class Scenario:
     """A state, tasks that act on it, and what must hold; with what protects it, and how it breaks without."""
@@ -56,7 +60,7 @@ class Scenario:
     name: str
     summary: str
     setup: Setup
-    threads: tuple[Body, ...] = attrs.field(converter=tuple)
+    threads: tuple[Body, ...] = attrs.field(converter=_bodies)
     hazards: tuple[str, ...] = attrs.field(default=(), converter=_names)
     """Numbers in the list of hazards, such as "H01"."""
     final: Body | None = None
@@ -64,7 +68,7 @@ class Scenario:
 
     # the broken twin: guards of the model removed, or other threads (if the guard is the scenario's own line)
     without: tuple[str, ...] = attrs.field(default=(), converter=_names)
-    broken_threads: tuple[Body, ...] = attrs.field(default=(), converter=tuple)
+    broken_threads: tuple[Body, ...] = attrs.field(default=(), converter=_bodies)
     breaks: str = ""
     """The kind of violation the broken twin ends in (docs/trace-format.md lists them); empty: any."""
 
