@@ -1,4 +1,5 @@
-"""Names that a reader understands and that are the same in every execution: Uprobe#1, mm.mmap_lock, message.flag.
+"""Names that a reader understands and that are the same in every execution: Uprobe#1, mm.mmap_lock,
+message.flag.
 
 Models:      nothing in Linux
 Guards:      none
@@ -6,6 +7,7 @@ Invariants:  N1 equal schedules give equal names
 Read next:   explore/timeline.py
 """
 
+import sys
 from typing import Any
 
 from kmodel.core import access
@@ -18,9 +20,14 @@ class Names:
 
     def __init__(self, engine: Any) -> None:
         self.e = engine
+        self._of_state: Any = None
+        self._globals: dict[int, str] = {}
 
     def of(self, obj: Any) -> str:
-        """The name of an object: of its variable in the scenario's state, else its class and number."""
+        """The name of an object: of its variable in the scenario's state or of the model's global, else its
+        class
+        and number.
+        """
         inside = self.e.inside.get(id(obj))
         if inside is not None:
             return f"{self.of(inside[0])}.{inside[1]}"
@@ -44,6 +51,9 @@ class Names:
             for name, value in getattr(state, "__dict__", {}).items():
                 if value is obj:
                     return str(name)
+        known = self._global(obj)
+        if known is not None:
+            return known
         number = 0
         for other in self.e.built.values():
             if type(other) is type(obj):
@@ -51,6 +61,21 @@ class Names:
                 if other is obj:
                     return f"{cls}#{number}"
         return cls
+
+    def _global(self, obj: Any) -> str | None:
+        """The name of a global of the model, such as uprobes_treelock; boot() makes them anew for each
+        execution.
+        """
+        if self._of_state is not self.e.state:
+            self._of_state = self.e.state
+            self._globals = {
+                id(value): name
+                for module, contents in sorted(sys.modules.items())
+                if module.startswith("kmodel.")
+                for name, value in vars(contents).items()
+                if isinstance(value, KernelObject)
+            }
+        return self._globals.get(id(obj))
 
     def field(self, obj: Any, field: str) -> str:
         """The name of a location."""
