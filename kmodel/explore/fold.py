@@ -7,15 +7,14 @@ Leaves out:  nothing from the trace: the page and the JSON have every step
 Read next:   explore/timeline.py
 
 A task that maps a file makes two hundred accesses, of which a speculating reader meets five. Shown are the
-accesses
-to what one task stores and another one touches, waits, read-side sections, grace periods and frees.
+accesses to what one task stores and another one touches, waits, read-side sections, grace periods and frees.
 """
 
 from itertools import groupby
 
 from kmodel.explore.tracefile import Step, Trace
 
-FOLD_ABOVE = 60
+FOLD_ABOVE = 40
 """Executions of more steps than this are folded."""
 
 _MEMORY = ("load", "store", "rmw")
@@ -23,12 +22,12 @@ _QUIET = (*_MEMORY, "start", "fence", "alloc", "relax")
 _NAMES = 3
 
 
-def folded(trace: Trace) -> dict[int, str]:
+def folded(trace: Trace, *, above: int = FOLD_ABOVE) -> dict[int, str]:
     """For each step that is left out its number, and at the first of a row of them what stands in their
     place.
     """
     steps = trace["steps"]
-    if len(steps) <= FOLD_ABOVE:
+    if len(steps) <= above:
         return {}
     kept = _kept(trace)
     found: dict[int, str] = {}
@@ -59,7 +58,7 @@ def _kept(trace: Trace) -> set[int]:
     fences = []
     for step in trace["steps"]:
         where = step.get("location")
-        if step["kind"] not in _QUIET or step["n"] in named or step.get("notes"):
+        if step["kind"] not in _QUIET or step["n"] in named or step.get("notes") or step.get("preemption"):
             kept.add(step["n"])
         elif step["kind"] == "fence":
             fences.append(step["n"])
