@@ -41,6 +41,9 @@ _U32: Final = (1 << 32) - 1
 _RETRY = guards.register(
     "no-read-seqcount-retry", "H03, H04, H10: a reader accepts what it read across a writer's section"
 )
+_EVEN = guards.register(
+    "no-seqcount-even", "H04: a reader that began inside a writer's section finds the odd count unmoved"
+)
 _RMB = guards.register(
     "no-seqcount-rmb", "H18: the check of the count is done before the reads it vouches for"
 )
@@ -82,7 +85,7 @@ def read_seqcount_begin(s: Seqcount) -> int:
     ACQUIRE: pairs with the wmb of write_seqcount_end().
     """
     seq = smp_load_acquire(s, "sequence")
-    if seq & 1:
+    if seq & 1 and _EVEN not in guards.removed:
         seq = smp_cond_load_acquire(s, "sequence", _even)
     return seq  # type: ignore[no-any-return]
 
