@@ -169,8 +169,8 @@ class _Run:
             why = f"{engine.cut} executions were cut off after max_steps={program.options['max_steps']} steps"
         if why is None and search.cut:
             why = f"preemptions={search.bound}: {search.cut} switches were not tried"
-        if why is None and not search.exhausts:
-            why = f"strategy={search.name!r} does not exhaust"
+        if not search.exhausts:
+            why = f"strategy={search.name!r} does not exhaust ({why or 'it ended by itself'})"
         result = Result(program, engine, search, why)
         if result.violation is not None:
             stack = engine.stack

@@ -129,6 +129,8 @@ class ExploreEngine(Tracer):
 
     def run(self, watch: Callable[["ExploreEngine"], bool] | None = None) -> None:
         """Run executions until the search has no more; `watch` is called now and then, False gives up."""
+        if isinstance(engine(), Tracer):
+            raise RuntimeError("a traced engine is already installed: explorations do not nest")
         with tracing(), installed(self):
             access._tracer = self
             try:
@@ -143,9 +145,15 @@ class ExploreEngine(Tracer):
         if self.error is not None:
             raise self.error
 
+    def _restore(self) -> None:
+        for obj, _kid, values in self.externals.values():
+            for field, value in values.items():
+                type(obj).__k_slots__[field].__set__(obj, value)
+
     def close(self) -> None:
-        """Give the threads back to the pool."""
+        """Give the threads back to the pool, and what was built before the exploration its values."""
         self.closed = True
+        self._restore()
         while self.idle:
             self.idle.pop().wake()
 
@@ -204,9 +212,7 @@ class ExploreEngine(Tracer):
         self.reset()
         self.search.begin()
         clear_warnings()
-        for obj, _kid, values in self.externals.values():
-            for field, value in values.items():
-                type(obj).__k_slots__[field].__set__(obj, value)
+        self._restore()
         self.working = mine
         boot = TaskStruct(pid=0, comm="setup")
         self.boot_task = boot
