@@ -21,6 +21,7 @@ from html import escape
 from importlib import resources
 from string import Template
 
+from kmodel.explore.fold import folded
 from kmodel.explore.tracefile import PAGE_MARK, Source, Step, Trace, Violation, write_text
 from kmodel.explore.words import Words, violation_name
 
@@ -198,10 +199,7 @@ class _Lanes:
         self.open: dict[int, dict[str, int]] = {
             task["id"]: {"reader": 0, "held": 0, "waiting": 0} for task in trace["tasks"]
         }
-        self.touched_by: dict[int, set[int]] = {}
-        for step in trace["steps"]:
-            if "location" in step:
-                self.touched_by.setdefault(step["location"], set()).add(step["task"])
+        self.minor = folded(trace, above=0)
 
     def table(self) -> str:
         """All of it."""
@@ -226,9 +224,11 @@ class _Lanes:
             else:
                 cells.append(f'<td class="{bar}"></td>')
         marks = "".join(f" is-{kind}" for kind, _text in self._marks(step))
-        if not marks and not step.get("notes") and self._private(step):
-            marks = " private"
-        return f'<tr id="step-{n}" class="step{marks}"><th scope="row">{n}</th>{"".join(cells)}</tr>'
+        gap = ""
+        if n in self.minor:
+            marks += " minor"
+            gap = self._gap(step, bars) if self.minor[n] else ""
+        return gap + f'<tr id="step-{n}" class="step{marks}"><th scope="row">{n}</th>{"".join(cells)}</tr>'
 
     def _cell(self, step: Step, said: list[str]) -> str:
         words = self.words
@@ -246,14 +246,11 @@ class _Lanes:
             f"{_source(step.get('source'), code)}{below}"
         )
 
-    def _private(self, step: Step) -> bool:
-        """Whether it touches memory that no other task does in this execution, or starts a task."""
-        if step["kind"] == "start":
-            return True
-        return (
-            step["kind"] in ("load", "store", "rmw")
-            and len(self.touched_by.get(step.get("location", -1), ())) == 1
-        )
+    def _gap(self, step: Step, bars: dict[int, str]) -> str:
+        """A row that stands for the minor steps that begin here, while they are not shown."""
+        texts = {task["id"]: "" for task in self.trace["tasks"]} | {step["task"]: self.minor[step["n"]]}
+        cells = "".join(f'<td class="{bars[task]}">{escape(text)}</td>' for task, text in texts.items())
+        return f'<tr class="gap"><th></th>{cells}</tr>'
 
     def _marks(self, step: Step) -> list[tuple[str, str]]:
         """(class, text) of what must not be overlooked at this step."""

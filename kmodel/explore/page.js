@@ -7,14 +7,11 @@
   if (last === 0) return;
 
   const names = new Map(trace.tasks.map((task) => [String(task.id), task.name]));
-  const privates = rows.filter((row) => row.classList.contains("private")).length;
+  const minors = rows.filter((row) => row.classList.contains("minor")).length;
   const breaksAt = rows.findIndex((row) => row.classList.contains("is-breaks")) + 1;
-  const users = new Map();  // location -> the tasks that touch it
-  for (const step of trace.steps) {
-    if (step.location === undefined) continue;
-    if (!users.has(step.location)) users.set(step.location, new Set());
-    users.get(step.location).add(step.task);
-  }
+  // The memory that other than minor steps touch.
+  const noticed = new Set();
+  trace.steps.forEach((step, i) => { if (!rows[i].classList.contains("minor")) noticed.add(step.location); });
   let at = 0;
   let shown = rows.map((_row, i) => i + 1);  // the numbers of the steps that are not hidden
 
@@ -105,7 +102,7 @@
     for (const location of trace.locations) {
       const isHere = changed.has(location.id) || (step && step.kind === "free" && location.object === step.object);
       // While minor steps are left out, so is the memory that only they touch.
-      if (!isHere && brief && (users.get(location.id) || new Set()).size < 2) continue;
+      if (!isHere && brief && !noticed.has(location.id)) continue;
       (isHere ? here : rest).push(box(location, states.get(location.id), step, freed));
     }
     if (here.length) here.unshift(element("h3", "", "This step"));
@@ -155,7 +152,7 @@
   function select(n, { quiet = false } = {}) {
     const next = Math.min(Math.max(n, 1), last);
     if (next === at) return;
-    if (!shown.includes(next)) showPrivate(true);
+    if (!shown.includes(next)) showMinor(true);
     at = next;
     const step = trace.steps[at - 1];
     const origin = step && step.read_from ? step.read_from.step : null;
@@ -186,15 +183,15 @@
   }
 
   // Long executions have many steps that only matter to their own task: those can be left out.
-  function showPrivate(show) {
-    shown = rows.map((_row, i) => i + 1).filter((n) => show || !rows[n - 1].classList.contains("private"));
+  function showMinor(show) {
+    shown = rows.map((_row, i) => i + 1).filter((n) => show || !rows[n - 1].classList.contains("minor"));
     document.querySelector(".steps").classList.toggle("brief", !show);
-    byId("private").textContent = `${show ? "Hide" : "Show"} ${privates} minor step${privates === 1 ? "" : "s"}`;
+    byId("minor").textContent = `${show ? "Hide" : "Show"} ${minors} minor step${minors === 1 ? "" : "s"}`;
   }
 
-  function togglePrivate() {
-    if (privates === 0) return;
-    showPrivate(shown.length < last);
+  function toggleMinor() {
+    if (minors === 0) return;
+    showMinor(shown.length < last);
     const here = shown.includes(at) ? at : shown.find((n) => n > at) || shown[shown.length - 1];
     at = 0;
     select(here);
@@ -218,11 +215,11 @@
     last: () => select(shown[shown.length - 1]),
     switch: () => select(nextSwitch() || at),
     failure: () => select(breaksAt || at),
-    private: togglePrivate,
+    minor: toggleMinor,
   };
   const keys = {
     ArrowLeft: "back", k: "back", ArrowRight: "forward", j: "forward",
-    Home: "first", End: "last", s: "switch", v: "failure", p: "private",
+    Home: "first", End: "last", s: "switch", v: "failure", p: "minor",
   };
 
   for (const [id, action] of Object.entries(actions)) byId(id).addEventListener("click", action);
@@ -236,6 +233,7 @@
     actions[name]();
   });
   for (const row of rows) row.addEventListener("click", () => select(rows.indexOf(row) + 1));
+  for (const gap of document.querySelectorAll(".gap")) gap.addEventListener("click", toggleMinor);
 
   function fromAddress() {
     const wanted = /^#step-(\d+)$/.exec(window.location.hash);
@@ -250,8 +248,8 @@
   byId("memory").hidden = trace.locations.length === 0;
   fit();
   window.addEventListener("resize", fit);
-  byId("private").hidden = privates === 0;
-  showPrivate(privates < 3 || shown.length - privates < 2);
+  byId("minor").hidden = minors === 0;
+  showMinor(minors < 3 || shown.length - minors < 2);
   const wanted = fromAddress();
   select(wanted || shown[0], { quiet: !wanted });
 })();

@@ -183,7 +183,17 @@ def _busy() -> Any:
     return trace
 
 
-def test_private_steps_are_left_out_at_first(page: Page, tmp_path: Path) -> None:
+def _much() -> Any:
+    """A trace with a long history of long values."""
+    trace: Any = message_passing()
+    step = trace["steps"][0]
+    step["value"] = "VmAreaStruct#1.vm_file_with_a_long_name"
+    stores = [{"step": None if n == 0 else 1, "value": f"-0x{n:08x}"} for n in range(20)]
+    step["memory"] = [{"location": 1, "history": stores, "visible": {"1": [19], "2": list(range(20))}}]
+    return trace
+
+
+def test_minor_steps_are_left_out_at_first(page: Page, tmp_path: Path) -> None:
     """Many steps on memory of one's own are hidden and counted; stepping skips them until asked for."""
     _open(page, tmp_path, _busy())
     reached = [_at(page)]
@@ -192,33 +202,46 @@ def test_private_steps_are_left_out_at_first(page: Page, tmp_path: Path) -> None
         reached.append(_at(page))
 
     assert reached == ["1", "2", "23", "24", "23"]
-    assert page.text("#private") == "Show 20 minor steps"
+    assert page.text("#minor") == "Show 20 minor steps"
 
-    page.click("#private")
+    page.click("#minor")
     page.press("k")
 
     assert _at(page) == "22"
-    assert page.text("#private") == "Hide 20 minor steps"
+    assert page.text("#minor") == "Hide 20 minor steps"
 
     page.press("p")
 
     assert _at(page) == "23"
 
 
-def test_a_link_to_a_private_step_shows_it(page: Page, tmp_path: Path) -> None:
+def test_a_row_stands_for_what_is_left_out(page: Page, tmp_path: Path) -> None:
+    """Where steps are hidden a row says how many, in the lane of their task; a click brings them back."""
+    _open(page, tmp_path, _busy())
+    row = "[...document.querySelectorAll('.gap')].map((row) => [...row.cells].map((cell) => cell.innerText))"
+
+    assert page.evaluate(row) == [["", "", "... 20 steps of its own"]]
+
+    page.click(".gap")
+
+    assert page.evaluate("document.querySelector('.gap').offsetHeight") == 0
+    assert page.evaluate("document.querySelector('.step.minor').offsetHeight") > 0
+
+
+def test_a_link_to_a_minor_step_shows_it(page: Page, tmp_path: Path) -> None:
     """An address that names a hidden step brings the hidden ones back."""
     _open(page, tmp_path, _busy(), "#step-5")
 
     assert _at(page) == "5"
-    assert page.text("#private") == "Hide 20 minor steps"
+    assert page.text("#minor") == "Hide 20 minor steps"
 
 
-def test_few_private_steps_are_not_hidden(story: Page) -> None:
+def test_few_minor_steps_are_not_hidden(story: Page) -> None:
     """Where there are only a few, everything is shown."""
     assert (
         story.evaluate("[...document.querySelectorAll('.step')].every((row) => row.offsetHeight > 0)") is True
     )
-    assert story.evaluate("document.querySelectorAll('.step.private').length") == 0
+    assert story.evaluate("document.querySelectorAll('.step.minor').length") == 0
 
 
 def test_the_step_is_explained(story: Page) -> None:
@@ -362,7 +385,7 @@ def test_hostile_text_is_shown_as_text(page: Page, tmp_path: Path) -> None:
     assert nasty in page.text('[data-location="1"]')
 
 
-@pytest.mark.parametrize("sample", [message_passing, resurrection, deadlock])
+@pytest.mark.parametrize("sample", [message_passing, resurrection, deadlock, _busy, _much])
 def test_it_fits_a_phone(page: Page, tmp_path: Path, sample: Any) -> None:
     """On a phone the page never scrolls sideways; the lanes do, in their own box, and follow the step."""
     page.emulate(*PHONE, mobile=True)
