@@ -56,6 +56,8 @@ def vma_lookup(mm: MmStruct, addr: int, task: "TaskStruct | None" = None) -> Any
 
     Without mmap_lock the answer is a hint: the VMA may be another's by the time it is looked at.
     """
+    if task is not None and task.rcu_read_lock_nesting:
+        return mtree_lookup_walk(mm.mm_mt, addr)  # the nested section would only count
     rcu_read_lock(task)
     vma = mtree_lookup_walk(mm.mm_mt, addr)
     rcu_read_unlock(task)

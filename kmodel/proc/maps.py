@@ -2,8 +2,8 @@
 
 Models:      fs/proc/task_mmu.c, m_start, m_next, show_map_vma, get_vma_name; fs/seq_file.c, seq_pad (7.2)
 Guards:      each VMA's read lock while its line is written; mmap_lock only where that fails
-Invariants:  T1 lines are in order and do not overlap; what changed during the read may be torn between lines,
-             but no hole is shown that was never there (H40)
+Invariants:  T1 each line ends above the one before, and no hole is shown that was never there (H40); what is
+             mapped anew over a border during the read may be shown with its whole range, and overlap
 Leaves out:  smaps, numa_maps; the reader without locks of 2024 comes as a variant
 Read next:   mm/vma_iter.py, lock_next_vma()
 """
