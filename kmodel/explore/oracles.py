@@ -1,4 +1,5 @@
-"""What is wrong with an execution, besides failed assertions: races, dead objects, deadlocks, lock order, leaks.
+"""What is wrong with an execution, besides failed assertions: races, dead objects, deadlocks, lock order,
+leaks.
 
 Models:      KCSAN, KASAN, lockdep and kmemleak as far as their verdicts go
 Guards:      the engine's baton
@@ -26,6 +27,8 @@ def classify(error: BaseException, runner: Runner | None, event: int | None) -> 
         kind = "double-free" if "double free" in text else "refcount" if "refcount" in text else "assertion"
     elif isinstance(error, AssertionError):
         kind = "assertion"
+    elif isinstance(error, AttributeError) and error.obj is None:
+        text = f"NULL pointer dereference: .{error.name} of nothing"
     else:
         text = f"{type(error).__name__}: {text}"
     return Violation(kind, text, None if runner is None else runner.idx, event, error=error)

@@ -17,11 +17,13 @@ Read next:   docs/trace-format.md
 import textwrap
 
 from kmodel.explore.fold import folded
-from kmodel.explore.tracefile import Step, Trace
+from kmodel.explore.tracefile import Step, Task, Trace
 from kmodel.explore.words import Words, violation_name
 
 _MIN_COLUMN, _MAX_COLUMN = 16, 60
 _QUIET = ("start",)
+_MANY = 3  # columns that a text has room for
+_SPAWNED = 100  # tasks of the scenario have smaller numbers, those that they start greater ones
 
 
 def _cell(words: Words, step: Step) -> str:
@@ -55,10 +57,7 @@ def render(trace: Trace, *, width: int = 150, whole: bool = False) -> str:
     """
     words = Words(trace)
     left_out = {} if whole else folded(trace)
-    tasks = trace["tasks"]
-    busy = {step["task"] for step in trace["steps"]}
-    lanes = [task for task in tasks if task["id"] in busy] or tasks
-    column = {task["id"]: i for i, task in enumerate(lanes)}
+    lanes, column = _lanes(trace)
     rows: list[tuple[Step, list[str]]] = []
     cells: list[list[str]] = [[] for _ in lanes]
     for step in trace["steps"]:
@@ -82,8 +81,13 @@ def render(trace: Trace, *, width: int = 150, whole: bool = False) -> str:
     lines = [head.rstrip(), "  " + "-" * (len(head.rstrip()) - 2)]
     violation = trace.get("violation")
     related = {r["step"]: r["text"] for r in violation.get("related", [])} if violation is not None else {}
+    now = {i: lane["id"] for i, lane in enumerate(lanes)}
+    names = {task["id"]: task["name"] for task in trace["tasks"]}
     for step, (text,) in rows:
         i = column[step["task"]]
+        if now[i] != step["task"]:
+            now[i] = step["task"]
+            lines.append(" " * offsets[i] + f"-- {names[step['task']]} --")
         wrapped = textwrap.wrap(text, widths[i], subsequent_indent="    ") or [""]
         lines.append(f"{step['n']:6}  " + " " * (offsets[i] - 8) + wrapped[0])
         lines += [" " * offsets[i] + more for more in wrapped[1:]]
@@ -97,6 +101,35 @@ def render(trace: Trace, *, width: int = 150, whole: bool = False) -> str:
     if violation is not None and "step" not in violation:
         lines += _broken(trace, 8)
     return "\n".join(lines)
+
+
+def _lanes(trace: Trace) -> tuple[list[Task], dict[int, int]]:
+    """The tasks that head the columns, and the column of each task.
+
+    Where there are many, a worker or callback shares the column of one that was over before it began.
+    """
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for step in trace["steps"]:
+        first.setdefault(step["task"], step["n"])
+        last[step["task"]] = step["n"]
+    tasks = [task for task in trace["tasks"] if task["id"] in first]
+    if len(tasks) <= _MANY:
+        lanes = tasks or trace["tasks"]
+        return lanes, {task["id"]: i for i, task in enumerate(lanes)}
+    heads: list[Task] = []
+    ends: list[int | None] = []  # the last step in the column; None: not to be shared
+    column: dict[int, int] = {}
+    for task in sorted(tasks, key=lambda task: (task["id"] >= _SPAWNED, first[task["id"]])):
+        spawned = task["id"] >= _SPAWNED
+        free = [i for i, end in enumerate(ends) if spawned and end is not None and end < first[task["id"]]]
+        i = free[0] if free else len(heads)
+        if not free:
+            heads.append(task)
+            ends.append(None)
+        column[task["id"]] = i
+        ends[i] = last[task["id"]] if spawned else None
+    return heads, column
 
 
 def _broken(trace: Trace, indent: int) -> list[str]:
