@@ -104,6 +104,8 @@ def build(config: Config, oracle: Oracle, stack: contextlib.ExitStack) -> Scene:
     for process in world.processes:
         place(process, source, keys, files)
     register_permanent(world)
+    drop_refused(world)
+    world.regions = [region for region in world.regions if region.permanent and region.churned]
     install_observers(stack)
     return Scene(world, source.title, describe(world, source, choice))
 
@@ -206,11 +208,43 @@ def mapped_at(source: Source, key: Key, files: dict[str, str]) -> int | None:
     return None
 
 
+def drop_refused(world: World) -> None:
+    """Forget those that come and go which the kernel would refuse (the first byte may be a lock prefix, say)."""
+    refused = set()
+    for key in world.churned:
+        consumer = new_consumer(key)
+        uprobe = uprobe_register(key.inode, key.offset, 0, consumer)
+        if isinstance(uprobe, int):
+            refused.add(key)
+        else:
+            uprobe_unregister_nosync(uprobe, consumer)
+            uprobe_unregister_sync()
+        kfree(consumer)
+    forget(world, refused)
+
+
+def forget(world: World, keys: set[Key]) -> None:
+    """Take keys out of every plan."""
+    world.permanent = [k for k in world.permanent if k not in keys]
+    world.churned = [k for k in world.churned if k not in keys]
+    world.contested = [[k for k in group if k not in keys] for group in world.contested]
+    for region in world.regions:
+        region.permanent = [k for k in region.permanent if k not in keys]
+        region.churned = [k for k in region.churned if k not in keys]
+    for process in world.processes:
+        process.permanent = {a: k for a, k in process.permanent.items() if k not in keys}
+        process.churned = {a: k for a, k in process.churned.items() if k not in keys}
+        for slot in process.slots.values():
+            slot.keys = tuple(k for k in slot.keys if k not in keys)
+        process.slots = {a: slot for a, slot in process.slots.items() if slot.keys}
+
+
 def register_permanent(world: World) -> None:
     """Register what stays to the end. Refusals of explicit probes are the user's to hear; others are
     dropped.
     """
-    for key in list(world.permanent):
+    refused = set()
+    for key in world.permanent:
         consumer = new_consumer(key)
         uprobe = uprobe_register(key.inode, key.offset, 0, consumer)
         if not isinstance(uprobe, int):
@@ -221,11 +255,8 @@ def register_permanent(world: World) -> None:
             why = REFUSALS.get(-uprobe, f"errno {-uprobe}")
             where = f"{key.probe.path}:{key.probe.name} at {key.offset:#x}"
             raise Unusable(f"probe {where}: the kernel refuses it: {why}")
-        world.permanent.remove(key)
-        for region in world.regions:
-            region.permanent = [k for k in region.permanent if k is not key]
-        for process in world.processes:
-            process.permanent = {a: k for a, k in process.permanent.items() if k is not key}
+        refused.add(key)
+    forget(world, refused)
 
 
 # ------------------------------------------------------------------------------------------------ observers
@@ -287,7 +318,7 @@ def settle() -> None:
 
 
 def breakpoints_left(mm: Any) -> int:
-    """How many private pages the mm has: each is a copy made for a breakpoint, which should be gone by now."""
+    """How many private pages the mm has: each is a copy made for a breakpoint, all gone by now."""
     state = mm.uprobes_state
     return len(state.pages) if state is not None else 0
 

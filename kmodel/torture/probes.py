@@ -19,7 +19,7 @@ from kmodel.torture.elf import Function, NotElf, bytes_at, find_function, functi
 PAGE_SIZE = 4096
 # int3: a place that holds one already cannot be probed.
 UPROBE_SWBP_INSN = b"\xcc"
-CLUSTER_SIZE = 18
+CLUSTER_SIZE = 12
 _TRACEFS = re.compile(r"^(?P<kind>[a-z]\S*?)(?::(?P<event>\S*))?\s+(?P<place>\S+)(?P<rest>\s.*)?$")
 _EVENT = re.compile(r"^(?:[A-Za-z_][A-Za-z0-9_]*/)?[A-Za-z_][A-Za-z0-9_]*$")
 

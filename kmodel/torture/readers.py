@@ -26,6 +26,11 @@ from kmodel.uprobes.find_refcount import find_uprobe
 
 DESCENTS_PER_STEP = 16
 
+# How likely a pause is at each use of the number that a task hands in (torture/wary.py).
+PAUSE_IN_HIT = 0.005
+PAUSE_IN_DESCENT = 0.05
+PAUSE_BEFORE_GET = 0.02
+
 
 class Hitter(Task):
     """Executes breakpoints: at contested addresses, at permanent probes, at those that come and go."""
@@ -61,7 +66,7 @@ class Hitter(Task):
         me.hit_calls = 0
         me.hit_address = address
         me.hit_seq = lock_sequence(self.mm)
-        regs.ip = wary(address + 1, me)
+        regs.ip = wary(address + 1, me, PAUSE_IN_HIT)
         regs.sp = 0x7FFF_FFFF_E000
         regs.stack.clear()
         self.log.count("hit")
@@ -108,7 +113,7 @@ class Descender(Task):
         rcu_read_lock_trace(self.me.task)
         before = seqcount.sequence
         began = time.monotonic_ns()
-        found = find_uprobe_rcu(key.inode, wary(key.offset, self.me))
+        found = find_uprobe_rcu(key.inode, wary(key.offset, self.me, PAUSE_IN_DESCENT))
         took = time.monotonic_ns() - began
         after = seqcount.sequence
         rcu_read_unlock_trace(self.me.task)
@@ -157,7 +162,7 @@ class RefUser(Task):
         seen = find_uprobe_rcu(key.inode, key.offset)
         dying = seen is not None and refcount_read(seen, "ref") == 0
         rcu_read_unlock_trace(task)
-        uprobe = find_uprobe(key.inode, wary(key.offset, self.me))
+        uprobe = find_uprobe(key.inode, wary(key.offset, self.me, PAUSE_BEFORE_GET))
         log.count("ref_get")
         if uprobe is None:
             if dying:
@@ -206,7 +211,7 @@ class MapsReader(Task):
         text = proc_maps(self.mm)
         self.log.count("maps_read")
         try:
-            mappings = parse_maps(text, "maps")
+            mappings = parse_maps(text, "maps", torn=True)
         except ValueError as error:
             self.me.oracle.violate(
                 self.log, "P11 (maps is in order)", str(error), text.splitlines(), others="remap"

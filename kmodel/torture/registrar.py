@@ -33,7 +33,7 @@ class Registrar(Task):
         self.regions = list(me.world.regions)
         in_regions = {key for region in self.regions for key in region.churned}
         self.others = [key for key in me.world.churned if key not in in_regions]
-        self.turn = 0
+        self.turn = self.at = 0
         self.mine: dict[Key, tuple[Any, TortureConsumer]] = {}
         self.unsynced: list[TortureConsumer] = []
 
@@ -41,21 +41,28 @@ class Registrar(Task):
         if not self.regions:
             time.sleep(0.001)
             return
-        if self.rng.random() < 0.03:
-            self.turn = self.rng.randrange(len(self.regions))
-            self.world.focus.region = self.turn
         if self.others and self.rng.random() < 0.2:
-            key = self.rng.choice(self.others)
+            self.toggle(self.rng.choice(self.others))
         else:
-            key = self.rng.choice(self.regions[self.turn].churned)
-        if key not in self.mine:
-            self.register(key)
-        else:
-            self.unregister(key)
-            if self.rng.random() < 0.5:
-                self.register(key)  # at once: the old uprobe may still be in the tree, dying
+            # In the order of the tree, which makes it rotate most; there and back, then somewhere else.
+            churned = self.regions[self.turn].churned
+            self.toggle(churned[self.at % len(churned)])
+            self.at += 1
+            if self.at >= 2 * len(churned):
+                self.at = 0
+                self.turn = self.rng.randrange(len(self.regions))
+                self.world.focus.region = self.turn
         if len(self.unsynced) >= UNSYNCED_AT_MOST or (self.unsynced and self.rng.random() < 0.1):
             self.sync()
+
+    def toggle(self, key: Key) -> None:
+        """Register the key if this task has not, else unregister it."""
+        if key not in self.mine:
+            self.register(key)
+            return
+        self.unregister(key)
+        if self.rng.random() < 0.2:
+            self.register(key)  # at once: the old uprobe may still be in the tree, dying
 
     def register(self, key: Key) -> None:
         """uprobe_register() with a consumer of its own."""

@@ -19,9 +19,10 @@ ROLES: tuple[type[Task], ...] = (
     Hitter,
     RefUser,
     FileChurner,
+    Descender,
     MapsReader,
 )
-"""What the first tasks do."""
+"""What the first tasks do; if there are fewer tasks than these, they take turns at several."""
 
 MORE_ROLES: tuple[type[Task], ...] = (
     Hitter,
@@ -34,6 +35,9 @@ MORE_ROLES: tuple[type[Task], ...] = (
     FileChurner,
 )
 """What further ones do, over and over."""
+
+
+DEFAULT_TASKS = 8
 
 
 def roles_of(n: int, count: int) -> tuple[type[Task], ...]:

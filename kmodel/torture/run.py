@@ -36,7 +36,7 @@ from kmodel.core import (
 from kmodel.torture import build
 from kmodel.torture.oracle import Oracle, TaskLog, Violated
 from kmodel.torture.report import Report
-from kmodel.torture.roles import ROLES, roles_of
+from kmodel.torture.roles import DEFAULT_TASKS, roles_of
 from kmodel.torture.tasks import pause_in_handler
 from kmodel.torture.world import Config, Member, World
 
@@ -65,8 +65,8 @@ class Progress:
 
 
 def default_threads() -> int:
-    """One for each kind of task, or one per processor if there are more of those."""
-    return max(len(ROLES), engine().default_task_count())
+    """Enough for every kind of task, or one per processor if there are more of those."""
+    return max(DEFAULT_TASKS, engine().default_task_count())
 
 
 class Torture:
@@ -276,7 +276,7 @@ def task_body(torture: Torture, n: int, count: int) -> None:
     roles = roles_of(n, count)
     log = TaskLog(f"{'+'.join(role.name for role in roles)}/{n}")
     rng = random.Random(f"{config.seed}/{n}")
-    process = world.processes[n // 2 % len(world.processes)]
+    process = world.processes[n // 4 % len(world.processes)]
     task = current()
     me = Member(world, process, log, task, rng, pause_in_handler)
     task.mm = process.mm

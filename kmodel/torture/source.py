@@ -68,8 +68,12 @@ class Source:
         return not self.check_inodes or Path(here).stat().st_ino == mapping.inode
 
 
-def parse_maps(text: str, name: str) -> tuple[Mapping, ...]:
-    """Read the text of a maps file; BadSource names the first line that is not one."""
+def parse_maps(text: str, name: str, *, torn: bool = False) -> tuple[Mapping, ...]:
+    """Read the text of a maps file; BadSource names the first line that is not one.
+
+    `torn`: the text was read while mappings changed, so that a line may begin before the end of the one above
+    it, which was another mapping then. Ends only grow even so, because the end is where reading goes on.
+    """
     mappings: list[Mapping] = []
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
@@ -86,7 +90,8 @@ def parse_maps(text: str, name: str) -> tuple[Mapping, ...]:
             int(match["inode"]),
             match["path"].strip(),
         )
-        if mapping.start >= mapping.end or (mappings and mapping.start < mappings[-1].end):
+        before = mappings[-1].end if mappings else 0
+        if mapping.start >= mapping.end or mapping.end <= before or (mapping.start < before and not torn):
             raise BadSource(f"{name} line {number}: {line.split()[0]} is empty or not in order")
         mappings.append(mapping)
     if not mappings:
