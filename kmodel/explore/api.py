@@ -53,6 +53,7 @@ def explore(
     races: bool = True,
     warnings: bool = True,
     leaks: bool = False,
+    rcu: str = "specification",
     hang_seconds: float = 10.0,
     progress: Callable[[Progress], bool] | None = None,
 ) -> Result:
@@ -62,6 +63,7 @@ def explore(
     first; "pct", "random" and "uniform" are seeded walks; "brute" is dpor without reduction. `outcome(state)` is collected for
     each execution. Bounds (preemptions, max_executions, max_seconds, max_steps per execution) give BOUNDED at best.
     `races`: report plain-access data races; `warnings`: WARN is a violation; `leaks`: so is what is still allocated at the end.
+    `rcu`: grace periods as their "specification", or explore the model's own "implementation" of them.
     `progress` is called now and then; if it returns False, the search ends early.
     """
     given: dict[str, Any] = {"memory": memory, "strategy": strategy, "preemptions": preemptions, "seed": seed}
@@ -77,7 +79,9 @@ def explore(
         raise ValueError(f"strategy={strategy!r}: must be one of {', '.join(STRATEGIES)}")
     if preemptions is not None and strategy not in ("dpor", "brute"):
         raise ValueError(f"preemptions={preemptions}: only strategy='dpor' takes that bound")
-    options = {"races": races, "warnings": warnings, "leaks": leaks, "max_steps": max_steps}
+    if rcu not in ("specification", "implementation"):
+        raise ValueError(f"rcu={rcu!r}: must be one of specification, implementation")
+    options = {"rcu": rcu, "races": races, "warnings": warnings, "leaks": leaks, "max_steps": max_steps}
     program = Program(setup, threads, final, outcome, str(memory), options)
     if replaying is not None and replaying.get("program") == program.references():
         result = run_again(program, replaying)

@@ -60,13 +60,14 @@ class ExploreEngine(Tracer):
         races: bool = True,
         warnings: bool = True,
         leaks: bool = False,
+        rcu: str = "specification",
     ) -> None:
         self.setup, self.threads, self.final, self.outcome = setup, threads, final, outcome
         self.max_steps = max_steps
         self.check_races = races
         self.check_warnings = warnings
         self.nr_cpu_ids = max(2, len(threads))
-        self.rcu = RcuSpecification(self)
+        self.rcu = RcuSpecification(self) if rcu == "specification" else None
         self.oracles = Oracles(self, leaks=leaks)
         self.names = Names(self)
         self.search: Any = None

@@ -68,7 +68,7 @@ class Search:
 
     def __init__(self, *, reduce: bool = True, preemptions: int | None = None) -> None:
         self.reduce = reduce
-        if not reduce:
+        if not reduce and type(self) is Search:
             self.name = "brute"
         self.bound = preemptions
         self.sleeping = reduce and preemptions is None
