@@ -19,9 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 import kmodel
 from kmodel.cli.guards import known
 from kmodel.cli.progress import ProgressLine, Stopper, duration
@@ -350,13 +347,10 @@ def _origin(scenario: Scenario, arguments: argparse.Namespace, removed: tuple[st
 
 
 def print_list() -> int:
-    """The catalogue, a line each."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("scenario", "hazards", "memory", "broken twin"):
-        table.add_column(column, no_wrap=True)
-    table.add_column("what happens")
-    for scenario in scenarios().values():
-        twin = violation_name(scenario.breaks) if scenario.breaks else "yes" if scenario.can_break else ""
-        table.add_row(scenario.name, " ".join(scenario.hazards), scenario.memory, twin, scenario.summary)
-    Console().print(table)
+    """The catalogue, a line each: name, hazards, what happens without the guard."""
+    known_ones = scenarios().values()
+    width = max((len(scenario.name) for scenario in known_ones), default=0)
+    hazards = max((len(" ".join(scenario.hazards)) for scenario in known_ones), default=0)
+    for scenario in known_ones:
+        print(f"{scenario.name:{width}}  {' '.join(scenario.hazards):{hazards}}  {scenario.summary}".rstrip())
     return 0

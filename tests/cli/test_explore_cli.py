@@ -269,9 +269,12 @@ def test_bad_options(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
 
 
 def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
-    """--list prints the catalogue and needs no scenario."""
+    """--list prints a line for each scenario of the catalogue."""
     assert main(["explore", "--list"]) == 0
-    assert "what happens" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+
+    assert [line.split()[0] for line in lines] == list(scenarios())
+    assert all(line.endswith(found.summary) for line, found in zip(lines, scenarios().values(), strict=True))
 
 
 @pytest.mark.slow
