@@ -2,12 +2,13 @@
 
 import pytest
 
-from kmodel.core import boot
+from kmodel.core import boot, current
 from kmodel.rcu import rcu_barrier
 
 
 @pytest.fixture(autouse=True)
 def fresh_boot():
+    current().held_locks.clear()  # of a test elsewhere that ended in the middle
     boot()
     yield
     rcu_barrier()  # a callback of this boot must not free an object of the next
