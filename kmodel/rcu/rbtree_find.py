@@ -27,16 +27,16 @@ def rb_find_rcu[K](key: K, root: RbRoot, cmp: Cmp[K]) -> Any:
     """Some node with `key`, or None, which may be wrong while a writer rotates (D2): repeat the search if the
     seqcount moved.
     """
-    # With real threads every load is already single and ordered by its address; getattr saves the call that
-    # says so to a traced engine, on each of the levels.
-    load = getattr if access._tracer is None else rcu_dereference
-    node = load(root, "rb_node")
+    if access._tracer is None:
+        # Real threads: every load is single already and ordered by its address, so this is the plain search.
+        return rb_find(key, root, cmp)
+    node = rcu_dereference(root, "rb_node")
     while node is not None:
         c = cmp(key, node)
         if c < 0:
-            node = load(node, "rb_left")
+            node = rcu_dereference(node, "rb_left")
         elif c > 0:
-            node = load(node, "rb_right")
+            node = rcu_dereference(node, "rb_right")
         else:
             return node
     return None

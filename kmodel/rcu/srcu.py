@@ -250,10 +250,10 @@ def __srcu_read_lock_fast(ssp: SrcuStruct, task: TaskStruct) -> SrcuCtr:
         scp: SrcuCtr = data.srcu_ctrs[ssp.srcu_idx]
         scp.srcu_locks += 1
         return scp
+    scp = data.srcu_ctrs[READ_ONCE(ssp, "srcu_idx")]
     implicit = _IMPLICIT not in guards.removed
     if implicit:
         rcu_read_lock(task)
-    scp = data.srcu_ctrs[READ_ONCE(ssp, "srcu_idx")]
     _inc(scp, "srcu_locks")
     if implicit:
         rcu_read_unlock(task)

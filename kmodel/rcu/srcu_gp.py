@@ -12,9 +12,10 @@ Leaves out:  the delay before a grace period starts (callers here always count a
 Read next:   rcu/tasks_trace.py
 
 Who pairs with whom. A, between the two sums, with B and C of readers: if an unlock was counted, so is its
-lock (H69), and whoever is not counted sees what the updater did before. E, before the flip, with C: the
-unlocks counted so far happened before it. D, after the flip, with B of a reader's next section: a reader
-whose unlock the second scan misses will use the new index.
+lock (H69), and whoever is not counted sees what the updater did before. E and D, before and after the flip,
+with B and C: a reader whose counts this scan missed is on the new index from its next section on. They bound
+how many late readers an index can have, so that the sums cannot wrap into equality; no program of the
+explorer with two grace periods goes wrong without them (tests/rcu/test_srcu_explored.py).
 """
 
 from functools import partial
@@ -65,8 +66,12 @@ _UNLOCKS_FIRST = guards.register("srcu-unlocks-first", "H69: unlocks are summed 
 _MB_A = guards.register(
     "srcu-mb-a", "H69: a counted unlock has its lock counted, also on a weakly ordered machine"
 )
-_MB_D = guards.register("srcu-mb-d", "H70: a reader whose unlock is missed uses the new index next time")
-_MB_E = guards.register("srcu-mb-e", "H70: the flip happens after the unlocks that the first scan counted")
+_MB_D = guards.register(
+    "srcu-mb-d", "a reader whose unlock is missed uses the new index from its next section on"
+)
+_MB_E = guards.register(
+    "srcu-mb-e", "a reader whose lock is counted before the flip fetched its index before it"
+)
 _SCAN1 = guards.register(
     "srcu-first-scan", "H70: readers that fetched the idle index long ago are waited for too"
 )
