@@ -209,7 +209,7 @@ def mapped_at(source: Source, key: Key, files: dict[str, str]) -> int | None:
 
 
 def drop_refused(world: World) -> None:
-    """Forget those that come and go which the kernel would refuse (the first byte may be a lock prefix, say)."""
+    """Forget those that come and go which the kernel would refuse (a lock prefix as first byte, say)."""
     refused = set()
     for key in world.churned:
         consumer = new_consumer(key)

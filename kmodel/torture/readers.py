@@ -64,6 +64,7 @@ class Hitter(Task):
         """What the task does when the CPU has executed the breakpoint at `address`."""
         me, regs = self.me, self.regs
         me.hit_calls = 0
+        me.hit_was_fast = False
         me.hit_address = address
         me.hit_seq = lock_sequence(self.mm)
         regs.ip = wary(address + 1, me, PAUSE_IN_HIT)
@@ -71,6 +72,8 @@ class Hitter(Task):
         regs.stack.clear()
         self.log.count("hit")
         trap(regs)
+        if not me.hit_was_fast:
+            self.log.count("slow_path")
         if forced_signals(me.task):
             me.oracle.violate(
                 self.log,

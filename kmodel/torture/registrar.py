@@ -101,7 +101,9 @@ class Registrar(Task):
 
 def new_consumer(key: Key) -> TortureConsumer:
     """A consumer for one place, from the slab."""
-    consumer: TortureConsumer = kzalloc(TortureConsumer)
+    consumer = kzalloc(TortureConsumer)
+    if consumer is None:
+        raise MemoryError
     consumer.handler = on_hit
     consumer.place = key.place
     consumer.label = key.label

@@ -13,12 +13,13 @@ ended.
 """
 
 import contextlib
+import faulthandler
+import os
 import platform
 import random
 import shlex
-import sys
+import tempfile
 import time
-import traceback
 
 import attrs
 
@@ -66,7 +67,7 @@ class Progress:
 
 def default_threads() -> int:
     """Enough for every kind of task, or one per processor if there are more of those."""
-    return max(DEFAULT_TASKS, engine().default_task_count())
+    return max(DEFAULT_TASKS, os.cpu_count() or 1)
 
 
 class Torture:
@@ -201,16 +202,16 @@ class Torture:
             self._oracle.crashed(None, "no error in a kernel worker", error)
 
     def stacks(self) -> list[str]:
-        """Where every task of the machine is and what it holds."""
-        frames = sys._current_frames()
+        """What every task of the machine holds, and where every thread is."""
         lines = []
         for task in engine().tasks():
             held = ", ".join(f"{lock!r} ({how})" for lock, how in list(task.held_locks))
-            lines.append(f"{task!r} holds {held or 'nothing'}")
-            frame = frames.get(task.thread_ident)
-            if frame is not None:
-                shown = traceback.extract_stack(frame)[-6:]
-                lines += [f"    {f.filename.rpartition('/kmodel/')[2]}:{f.lineno} {f.name}" for f in shown]
+            lines.append(f"{task!r}, thread {task.thread_ident:#x}, holds {held or 'nothing'}")
+        # The other threads' frames may not be walked while they run; faulthandler stops them for it.
+        with tempfile.TemporaryFile("w+") as out:
+            faulthandler.dump_traceback(out)
+            out.seek(0)
+            lines += out.read().splitlines()
         return lines
 
     # -- after

@@ -67,6 +67,7 @@ def speculated(
         log.count("speculation_retried")
         return
     log.count("speculation_accepted")
+    me.hit_was_fast = True
     if refcount_read(uprobe, "ref") == 0:
         log.count("uprobe_dying")
     if slot is None:

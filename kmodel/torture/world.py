@@ -150,5 +150,6 @@ class Member:
         self.hit_address = 0
         self.hit_seq = 0
         self.hit_calls = 0
+        self.hit_was_fast = False
         # what the system call being made will do to a contested address
         self.intent: Any = None
