@@ -32,7 +32,7 @@ from kmodel.torture.elf import functions, is_elf
 from kmodel.uprobes import SCHEMES, PtRegs, Uprobe, UprobeConsumer, tree, uprobe_register
 from kmodel.uprobes import Scheme as UprobeScheme
 from kmodel.uprobes.arch import arch_uprobe_skip_sstep, uprobe_get_swbp_addr
-from kmodel.uprobes.handler import call_handlers, pre_ssout
+from kmodel.uprobes.handler import handler_chain, pre_ssout
 from kmodel.uprobes.tree import uprobe_cmp_key
 from kmodel.uprobes.utask import get_utask
 
@@ -111,7 +111,7 @@ def floor_handle_swbp(regs: PtRegs) -> None:
     uprobe = floor_lookup(bp_vaddr, task)
     regs.ip = bp_vaddr
     get_utask(task)
-    call_handlers(uprobe, regs)
+    handler_chain(uprobe, regs)
     if not arch_uprobe_skip_sstep(uprobe.arch, regs):
         pre_ssout(regs, bp_vaddr)
 

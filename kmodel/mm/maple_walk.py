@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import attrs
 
-from kmodel.core import rcu_dereference, smp_rmb
+from kmodel.core import access, rcu_dereference, smp_rmb
 from kmodel.mm.maple_node import (
     GAP,
     PIVOT,
@@ -83,14 +83,19 @@ def mas_pause(mas: MaState) -> None:
 
 def mtree_lookup_walk(mt: MapleTree, index: int) -> Any:
     """The entry at `index`, or None. RCU (or the lock) is held."""
+    # With real threads every load is single and in order already; getattr saves the call that says so to a
+    # traced engine, on each of the levels.
+    traced = access._tracer is not None
+    load = rcu_dereference if traced else getattr
     while True:
-        node: Any = rcu_dereference(mt, "ma_root")
+        node: Any = load(mt, "ma_root")
         if node is None:
             return None
         while True:
-            entry = rcu_dereference(node, SLOT[mt_offset(node, index)])
+            entry = load(node, SLOT[mt_offset(node, index)])
             # ma_dead_node(), written out. RMB: pairs with WMB in mte_set_node_dead().
-            smp_rmb()
+            if traced:
+                smp_rmb()
             if node.parent is node:
                 break  # what we read may be an rcu_head's words: from the root again
             if node.is_leaf:

@@ -23,6 +23,7 @@ from kmodel.core import (
     WRITE_ONCE,
     LockingBug,
     Pooled,
+    access,
     current,
     guards,
     kernel_struct,
@@ -84,10 +85,11 @@ def read_seqcount_begin(s: Seqcount) -> int:
 
     ACQUIRE: pairs with the wmb of write_seqcount_end().
     """
-    seq = smp_load_acquire(s, "sequence")
+    # Real threads: an ordinary load is one already, and lookups are where every call counts.
+    seq = s.sequence if access._tracer is None else smp_load_acquire(s, "sequence")
     if seq & 1 and _EVEN not in guards.removed:
         seq = smp_cond_load_acquire(s, "sequence", _even)
-    return seq  # type: ignore[no-any-return]
+    return seq
 
 
 def raw_read_seqcount(s: Seqcount) -> int:
@@ -104,7 +106,7 @@ def raw_seqcount_try_begin(s: Seqcount) -> tuple[bool, int]:
     """(True, count) if no writer is inside, else (False, odd count): give up at once, waiting would equal
     taking the lock.
     """
-    seq = smp_load_acquire(s, "sequence")
+    seq = s.sequence if access._tracer is None else smp_load_acquire(s, "sequence")
     return not seq & 1, seq
 
 
@@ -117,6 +119,8 @@ def __read_seqcount_retry(s: Seqcount, start: int) -> bool:
 
 def read_seqcount_retry(s: Seqcount, start: int) -> bool:
     """True if what was read since `start` may be mixed, old or half-done, and must not be used (Q2)."""
+    if access._tracer is None and not guards.any_removed:
+        return s.sequence != start  # real threads: no barrier to execute, one ordinary load
     # Orders the section's reads before the check; pairs with the wmb of write_seqcount_begin().
     if not (guards.any_removed and _RMB in guards.removed):
         smp_rmb()

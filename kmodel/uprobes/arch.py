@@ -124,16 +124,3 @@ def arch_uprobe_skip_sstep(auprobe: ArchUprobe, regs: PtRegs) -> bool:
         regs.ip += 1 if reg < 8 else 2
         return True
     return False
-
-
-def arch_uprobe_ignore(auprobe: ArchUprobe, regs: PtRegs) -> bool:
-    """Whether the architecture knows that this hit must be ignored; x86 has no such case (a weak function in
-    the kernel).
-    """
-    return False
-
-
-def arch_uprobe_optimize(auprobe: ArchUprobe, vaddr: int) -> None:
-    """Replace the breakpoint by a call into a trampoline after the first hit of a 10-byte nop. Left out:
-    always the breakpoint.
-    """

@@ -14,16 +14,14 @@ Where the task goes on, by the value of regs.ip afterwards:
     anywhere else   the instruction was emulated or stepped, or a handler moved the task
 """
 
-from typing import Any
+from typing import Any, Final
 
-from kmodel.core import WARN, WARN_ON_ONCE, TaskStruct, current, data_race, guards, smp_rmb, test_bit
+from kmodel.core import READ_ONCE, WARN, WARN_ON_ONCE, TaskStruct, current, data_race, guards, smp_rmb
 from kmodel.rcu import list_for_each_entry_rcu, rcu_read_lock_trace, rcu_read_unlock_trace
 from kmodel.sync import down_read, up_read
 from kmodel.uprobes.arch import (
     UPROBE_SWBP_INSN_SIZE,
     PtRegs,
-    arch_uprobe_ignore,
-    arch_uprobe_optimize,
     arch_uprobe_skip_sstep,
     uprobe_get_swbp_addr,
 )
@@ -40,6 +38,8 @@ guards.register(
 guards.register(
     "no-removal-recheck", "H55: a breakpoint is removed although a consumer that wants it came meanwhile"
 )
+
+COPY_INSN: Final = 1 << UPROBE_COPY_INSN
 
 
 def handle_swbp(regs: PtRegs) -> None:
@@ -67,18 +67,18 @@ def handle_uprobe(uprobe: Uprobe, regs: PtRegs, bp_vaddr: int, task: TaskStruct)
 
     # Unregister and register may have put a new uprobe here whose instruction is not copied yet: come back
     # later (H46).
-    if not test_bit(UPROBE_COPY_INSN, uprobe, "flags") and "no-copy-insn-test" not in guards.removed:
+    if not READ_ONCE(uprobe, "flags") & COPY_INSN and "no-copy-insn-test" not in guards.removed:
         return
     smp_rmb()  # pairs with smp_wmb() in prepare_uprobe: who sees the bit sees the instruction (H47)
 
     arch = uprobe.arch
     utask = get_utask(task)
-    if arch_uprobe_ignore(arch, regs):
-        return
+    # Here the kernel asks arch_uprobe_ignore(), which no x86 has.
     utask.auprobe = arch
-    handler_chain(uprobe, regs, task)
+    if handler_chain(uprobe, regs):
+        remove_unwanted(uprobe, task.mm)
     utask.auprobe = None
-    arch_uprobe_optimize(arch, bp_vaddr)
+    # Here it calls arch_uprobe_optimize(), which is left out.
     if regs.ip != bp_vaddr:
         return  # a handler sent the task elsewhere
     if not arch_uprobe_skip_sstep(arch, regs):
@@ -86,25 +86,16 @@ def handle_uprobe(uprobe: Uprobe, regs: PtRegs, bp_vaddr: int, task: TaskStruct)
 
 
 def pre_ssout(regs: PtRegs, bp_vaddr: int) -> None:
-    """Stub for execution out of line: the step is over at once, and leaves the task behind the breakpoint's
-    byte.
-    """
+    """Stub for execution out of line: the step is over at once, and ip is behind the breakpoint's byte."""
     regs.ip = bp_vaddr + UPROBE_SWBP_INSN_SIZE
 
 
-def handler_chain(uprobe: Uprobe, regs: PtRegs, task: TaskStruct) -> None:
-    """Run the handler of every consumer; if there was one and all of them want it, remove the breakpoint from
-    this mm.
+def handler_chain(uprobe: Uprobe, regs: PtRegs) -> bool:
+    """Run the handler of every consumer. Whether there was one and all of them returned
+    UPROBE_HANDLER_REMOVE.
 
-    Filters are not asked here: they were when the breakpoint was installed.
-    """
-    if call_handlers(uprobe, regs):
-        remove_unwanted(uprobe, task.mm)
-
-
-def call_handlers(uprobe: Uprobe, regs: PtRegs) -> bool:
-    """Whether there was a consumer and every one returned UPROBE_HANDLER_REMOVE. One with only a ret_handler
-    counts as 0.
+    Filters are not asked here: they were when the breakpoint was installed. A consumer with only a
+    ret_handler counts as one that returned 0.
     """
     has_consumers = False
     remove = True
@@ -114,9 +105,7 @@ def call_handlers(uprobe: Uprobe, regs: PtRegs) -> bool:
         if handler is not None:
             rc = handler(uc, regs, None)
             if rc != UPROBE_HANDLER_NORMAL:
-                WARN(
-                    rc < 0 or rc > 2, "a uprobe handler returned something that is not a UPROBE_HANDLER_ code"
-                )
+                WARN(rc < 0 or rc > 2, "a uprobe handler did not return an UPROBE_HANDLER_ code")
         if rc != UPROBE_HANDLER_REMOVE:
             remove = False
         has_consumers = True
