@@ -20,6 +20,7 @@ from kmodel.explore.progress import Progress, progress_of
 from kmodel.explore.result import Program, Result
 from kmodel.explore.search import Search
 from kmodel.explore.show import record, simplest
+from kmodel.explore.split import Share
 from kmodel.explore.strategies import Fixed, Pct, UniformWalk, Walk, preemptions_of
 from kmodel.explore.tracefile import Trace, read_trace
 from kmodel.explore.watchdog import Watchdog
@@ -49,6 +50,7 @@ def explore(
     max_executions: int | None = None,
     max_seconds: float | None = None,
     seed: int | None = None,
+    part: tuple[int, int] | None = None,
     max_steps: int = 10_000,
     races: bool = True,
     warnings: bool = True,
@@ -63,11 +65,12 @@ def explore(
     first; "pct", "random" and "uniform" are seeded walks; "brute" is dpor without reduction. `outcome(state)` is collected for
     each execution. Bounds (preemptions, max_executions, max_seconds, max_steps per execution) give BOUNDED at best.
     `races`: report plain-access data races; `warnings`: WARN is a violation; `leaks`: so is what is still allocated at the end.
+    part=(k, n): only the k-th of n parts of the search; explore.split.merge() puts their results together.
     `rcu`: grace periods as their "specification", or explore the model's own "implementation" of them.
     `progress` is called now and then; if it returns False, the search ends early.
     """
     given: dict[str, Any] = {"memory": memory, "strategy": strategy, "preemptions": preemptions, "seed": seed}
-    given |= {"max_executions": max_executions, "max_seconds": max_seconds}
+    given |= {"max_executions": max_executions, "max_seconds": max_seconds, "part": part}
     chosen = {**_DEFAULTS, **defaults, **{name: value for name, value in given.items() if value is not None}}
     unknown = set(chosen) - set(_DEFAULTS)
     if unknown:
@@ -99,6 +102,7 @@ _DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "max_executions": None,
     "max_seconds": None,
+    "part": None,
 }
 
 
@@ -112,11 +116,15 @@ def _search(
     walk = {"pct": Pct, "random": Walk, "uniform": UniformWalk}.get(strategy)
     if walk is not None and max_executions is None and chosen["max_seconds"] is None:
         max_executions = _WALK_EXECUTIONS
+    if chosen["part"] is not None and (strategy not in ("dpor", "brute") or chosen["preemptions"] is not None):
+        raise ValueError(f"part={chosen['part']}: only strategy='dpor' without a bound of preemptions can be split")
     run = _Run(program, max_executions, chosen["max_seconds"], hang_seconds, progress)
     if strategy == "iterative":
         return run.iterative()
     if walk is not None:
         return run.search(walk(seed))
+    if chosen["part"] is not None:
+        return run.search(Share(*chosen["part"], reduce=strategy == "dpor"))
     return run.search(Search(reduce=strategy == "dpor", preemptions=chosen["preemptions"]))
 
 

@@ -262,15 +262,16 @@ class ExploreEngine(Tracer):
                 self.await_unwound()
         if self.nondeterminism is not None or self.hang is not None:
             return False
-        if reason != "blocked" and reason != "steps" and self.broken is None:
+        partial = reason in ("blocked", "skipped")
+        if not partial and reason != "steps" and self.broken is None:
             self._judge()
             if self.hang is not None:
                 return False
         if self.checking:
             if not self._as_before(reason):
                 return False
-        elif reason == "blocked":
-            self.blocked += 1
+        elif partial:
+            self.blocked += reason == "blocked"
         else:
             self.executions += 1
             if reason == "steps":
@@ -280,7 +281,7 @@ class ExploreEngine(Tracer):
         self.steps += self.depth
         if self.recorder is not None:
             self.recorder.end(self)
-        if self.first is None and self.violation is None and self.search.exhausts:
+        if self.first is None and not partial and self.violation is None and self.search.exhausts:
             # Run the first execution twice: a model that is not deterministic shows at once, and not as a strange result.
             self.first = (reason, self.depth, self.collected)
             self.checking = True

@@ -38,6 +38,7 @@ class Node:
         "sleep",
         "task",
         "todo",
+        "weight",
     )
 
     def __init__(self, task: int, enabled: int, sleep: dict[int, Any], previous: int) -> None:
@@ -51,6 +52,7 @@ class Node:
         self.sleep = sleep
         self.previous = previous
         self.preemptions = 0
+        self.weight = 0  # above the frontier of a split search: about how many jobs lie below
         self.kind: int | None = None
         self.key: Any = None
         self.isw: Any = False

@@ -66,3 +66,28 @@ def test_a_bad_replay_file(pytester: pytest.Pytester) -> None:
 
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["*--explore-replay: x.json is not a trace*"])
+
+
+SPLIT = """
+import pytest
+from kmodel.core import READ_ONCE, WRITE_ONCE, variables
+from kmodel.explore import explore
+
+def bump(v):
+    WRITE_ONCE(v, "x", READ_ONCE(v, "x") + 1)
+
+@pytest.mark.explore(split=3, memory="sc")
+def test_it():
+    assert explore(lambda: variables(x=0), *[bump] * 4, outcome=lambda v: v.x).passed
+"""
+
+
+@pytest.mark.parametrize("workers", [[], ["-n", "2"]])
+def test_parts(pytester: pytest.Pytester, workers: list[str]) -> None:
+    """A split test is several tests; the summary has their sum, the same with and without workers."""
+    pytester.makepyfile(SPLIT)
+    plugins = ["-p", "kmodel.explore.pytest_plugin"]
+    result = pytester.runpytest_subprocess(*plugins, *workers)
+
+    result.assert_outcomes(passed=3)
+    result.stdout.fnmatch_lines(["test_parts.py::test_it: PASS in 3 parts: 576 executions*, 4 outcomes"])
