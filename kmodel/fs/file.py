@@ -66,6 +66,8 @@ class BackingFile(File):
     """
 
     user_path: str = untraced(default="")
+    # device and number of the inode that the user opened; None: as the file's own
+    user_ino: tuple[tuple[int, int], int] | None = untraced(default=None)
     # shares memory with the free pointer
     bf_freeptr: Any = None
 

@@ -141,6 +141,7 @@ def alloc_empty_backing_file(flags: int) -> BackingFile | int:
         return -ENOMEM
     init_file(ff, flags)
     ff.user_path = ""
+    ff.user_ino = None
     ff.f_mode = shared_int(ff.f_mode | FMODE_BACKING | FMODE_NOACCOUNT)
     return ff
 
@@ -190,9 +191,10 @@ def backing_file_open(
     contents: bytes | None = None,
     on_disk: str | None = None,
     a_ops: AddressSpaceOperations = regular_aops,
+    user_ino: tuple[tuple[int, int], int] | None = None,
 ) -> BackingFile:
-    """open_file of the real file at `path` behind the user's `user_path` (overlayfs);
-    FMODE_BACKING is set.
+    """open_file of the real file at `path` behind the user's `user_path` (overlayfs), which the user knows by
+    the device and number `user_ino`; FMODE_BACKING is set.
     """
     inode = _open_inode(path, size, ino, dev, contents, on_disk, a_ops)
     file = alloc_empty_backing_file(O_RDWR if writable else O_RDONLY)
@@ -200,6 +202,7 @@ def backing_file_open(
         iput(inode)
         raise OSError(-file, os.strerror(-file), path)
     file.user_path = user_path
+    file.user_ino = user_ino
     file_init_path(file, path, inode)
     return file
 

@@ -110,7 +110,10 @@ def load_proc_maps(path_or_pid: Any) -> MmStruct:
     files: dict[Any, File] = {}
     mmap_write_lock(mm)
     for line in lines:
-        _insert(mm, line, lines, files)
+        if line.name == "[vsyscall]":
+            _set_gate_vma(mm, line)
+        else:
+            _insert(mm, line, lines, files)
     _set_layout(mm, lines)
     mmap_write_unlock(mm)
     for file in files.values():  # the mappings hold their own references
@@ -144,6 +147,15 @@ def _insert(mm: MmStruct, line: MapsLine, lines: list[MapsLine], files: dict[Any
     mm.map_count += 1
     mm.total_vm += (line.end - line.start) >> PAGE_SHIFT
     vma_link_file(vma)
+
+
+def _set_gate_vma(mm: MmStruct, line: MapsLine) -> None:
+    vma = VmAreaStruct()
+    vma_set_range(vma, line.start, line.end, 0)
+    vma.vm_ops = special_mapping_vmops
+    vma.vm_private_data = line.name
+    vm_flags_init(vma, (VM_READ if "r" in line.perms else 0) | VM_EXEC)
+    mm.gate_vma = vma
 
 
 def _special_mapping_name(vma: VmAreaStruct) -> str | None:

@@ -21,6 +21,7 @@ from kmodel.core import (
     initcall,
     kernel_struct,
     kfree,
+    untraced,
 )
 from kmodel.mm.flags import DEFAULT_MMAP_BASE
 from kmodel.mm.maple_node import MapleTree
@@ -59,6 +60,8 @@ class MmStruct(Pooled):
     start_brk: int = 0
     brk: int = 0
     start_stack: int = 0
+    # x86: the vsyscall page's VMA, which is in no tree; constant, None without one
+    gate_vma: Any = untraced(default=None)
 
     # uprobes/'s: private pages with breakpoints
     uprobes_state: Any = None

@@ -49,6 +49,16 @@ type VmaIterator = MaState
 _GAP = guards.register(
     "no-gap-recheck", "H40: a reader of maps reports a hole that never was, because a neighbour moved"
 )
+_BEHIND = guards.register(
+    "no-next-vma-behind-check",
+    "H40: a VMA that was cut off or reused is reported out of order",
+)
+_RESET = guards.register(
+    "no-next-vma-iter-reset", "H40: a VMA was replaced while it was looked at; what took its place is missed"
+)
+_FALLBACK = guards.register(
+    "no-next-vma-fallback", "H40: a VMA that cannot be locked at once is passed over, and a hole is reported"
+)
 
 
 def vma_lookup(mm: MmStruct, addr: int, task: "TaskStruct | None" = None) -> Any:
@@ -177,52 +187,70 @@ def vma_iter_clear_gfp(vmi: VmaIterator, start: int, end: int) -> int:
 
 
 def lock_next_vma(mm: MmStruct, vmi: VmaIterator, from_addr: int) -> Any:
-    """The first VMA that ends above from_addr, read-locked; None; -EINTR; -EAGAIN. Enter and leave in RCU.
+    """The first VMA that ends above from_addr, read-locked; None; -EINTR; -EAGAIN (it has too many readers).
+    Enter and leave inside RCU; it may be left in between.
 
     Going from VMA to VMA under their own locks, a reader of /proc/PID/maps must not report a hole that never
-    was: the VMA that filled it may have grown from below or been replaced while we walked past (H40).
+    was: between finding a VMA and locking it, the VMA may have given what is before it to another (H40).
     """
     while True:
-        began, seq = mmap_lock_speculate_try_begin(mm)
+        # For a hole that may have to be verified below.
+        mmap_unlocked, mm_wr_seq = mmap_lock_speculate_try_begin(mm)
         vma = vma_next(vmi)
         if vma is None:
             return None
         locked = vma_lock.vma_start_read(mm, vma)
-        if isinstance(locked, int):
+        if locked is None and _removed(_FALLBACK):
             rcu_read_lock()
-            mas_set(vmi, from_addr)
             continue
         if locked is None:
-            return _lock_next_vma_under_mmap_lock(mm, vmi, from_addr)
-        if vma.vm_end <= from_addr:
-            return _unlock_and_fall_back(mm, vmi, vma, from_addr)
-        # A hole before it? Only if nothing changed since the sample, or if looking again says the same.
-        if vma.vm_start > from_addr and not (began and not mmap_lock_speculate_retry(mm, seq)):
-            if not (guards.any_removed and _GAP in guards.removed):
-                mas_set(vmi, from_addr)
-                if vma_next(vmi) is not vma:
-                    return _unlock_and_fall_back(mm, vmi, vma, from_addr)
-        return vma
+            return _fall_back(mm, vmi, from_addr)
+        if not isinstance(locked, int):
+            break
+        # Detached between the walk and the count: what took its place may begin before its end.
+        rcu_read_lock()
+        if not _removed(_RESET):
+            vma_iter_set(vmi, from_addr)
+    # Reused for a mapping further down, or cut off at the end?
+    if vma.vm_end <= from_addr and not _removed(_BEHIND):
+        return _unlock_and_fall_back(mm, vmi, vma, from_addr)
+    # A hole before it? Only if nothing changed since the sample, or if looking again leads to the same VMA,
+    # which cannot shrink now.
+    if vma.vm_start > from_addr and not _removed(_GAP):
+        if not mmap_unlocked or mmap_lock_speculate_retry(mm, mm_wr_seq):
+            vma_iter_set(vmi, from_addr)
+            if vma_next(vmi) is not vma:
+                return _unlock_and_fall_back(mm, vmi, vma, from_addr)
+    return vma
+
+
+def _removed(guard: str) -> bool:
+    return guards.any_removed and guard in guards.removed
 
 
 def _unlock_and_fall_back(mm: MmStruct, vmi: VmaIterator, vma: "VmAreaStruct", from_addr: int) -> Any:
     rcu_read_unlock()
     vma_lock.vma_end_read(vma)
-    return _lock_next_vma_under_mmap_lock(mm, vmi, from_addr)
+    return _fall_back(mm, vmi, from_addr)
+
+
+def _fall_back(mm: MmStruct, vmi: VmaIterator, from_addr: int) -> Any:
+    """Enter outside RCU, leave inside."""
+    vma = _lock_next_vma_under_mmap_lock(mm, vmi, from_addr)
+    rcu_read_lock()
+    # The nodes it knows may be gone.
+    vma_iter_set(vmi, from_addr if vma is None or isinstance(vma, int) else vma.vm_end)
+    return vma
 
 
 def _lock_next_vma_under_mmap_lock(mm: MmStruct, vmi: VmaIterator, from_addr: int) -> Any:
-    """The sure way: find it under mmap_lock, trade that for its read lock. Enter outside RCU, leave in it."""
+    """The sure way: find it under mmap_lock, trade that for its read lock. None, -EINTR, -EAGAIN."""
     error = mmap_read_lock_killable(mm)
     if error:
-        rcu_read_lock()
         return error
     vma_iter_set(vmi, from_addr)
     vma = vma_next(vmi)
     if vma is not None and not vma_lock.vma_start_read_locked(vma):
-        vma = -EAGAIN  # the limit of readers
-    end = vma.vm_end if vma is not None and not isinstance(vma, int) else from_addr
+        vma = -EAGAIN
     mmap_read_unlock(mm)
-    rcu_read_lock()
-    vma_iter_set(vmi, end)
     return vma
