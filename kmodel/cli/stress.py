@@ -149,10 +149,6 @@ def run(arguments: argparse.Namespace) -> int:
         removed_guards=tuple(arguments.broken),
     )
     torture = Torture(config)
-    print(
-        f"seed {config.seed}: repeats every decision of the tasks, not how the system schedules them",
-        file=out,
-    )
     report = drive(torture, out)
     for line in summary(report, torture):
         print(line, file=out)
@@ -180,6 +176,10 @@ def drive(torture: Torture, out: Any) -> Report:
     interrupted = False
     try:
         torture.prepare()
+        seed = torture.config.seed
+        print(
+            f"seed {seed}: repeats every decision of the tasks, not how the system schedules them", file=out
+        )
         for line in torture.describe():
             print(line, file=out)
         with open_view(out) as view:
@@ -234,7 +234,7 @@ def verdict_line(report: Report) -> str:
         return f"INCOMPLETE: nothing was wrong, but this never happened: {names}"
     suffix = ""
     if report.not_met:
-        suffix = f" as far as it went (a run under {SHORT_RUN_SECONDS:g} s need not meet every hard path)"
+        suffix = f" as far as it went (interrupted, or under {SHORT_RUN_SECONDS:g} s, it need not meet every hard path)"
     if report.removed_guards:
         return f"NOTHING FOUND without {', '.join(report.removed_guards)}{suffix}"
     return f"CLEAN{suffix}"

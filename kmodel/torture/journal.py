@@ -22,7 +22,7 @@ import attrs
 
 from kmodel.torture.probes import PAGE_SIZE
 
-KEEP = 4096
+KEEP = 1000
 SLOT_PAGES = 3
 """The contested address is in the middle page, so that neighbours can be split off and that page replaced
 alone.

@@ -26,10 +26,10 @@ from kmodel.uprobes.find_refcount import find_uprobe
 
 DESCENTS_PER_STEP = 16
 
-# How likely a pause is at each use of the number that a task hands in (torture/wary.py).
-PAUSE_IN_HIT = 0.005
-PAUSE_IN_DESCENT = 0.05
-PAUSE_BEFORE_GET = 0.02
+# How likely a pause is at each use of the number that a task hands in, and at the last one (torture/wary.py).
+PAUSES_IN_HIT = (0.005, 0.08)
+PAUSES_IN_DESCENT = (0.05, 0.0)
+PAUSES_BEFORE_GET = (0.01, 0.05)
 
 
 class Hitter(Task):
@@ -50,9 +50,9 @@ class Hitter(Task):
     def step(self) -> None:
         rng, focus = self.rng, self.world.focus
         chance = rng.random()
-        if chance < 0.35 and self.contested:
+        if chance < 0.4 and self.contested:
             self.hit(self.contested[focus.slot], handle_swbp)
-        elif chance < 0.5 and self.contested:
+        elif chance < 0.55 and self.contested:
             self.hit(rng.choice(self.contested), handle_swbp)
         elif chance < 0.8 and self.churned:
             near = self.regions[focus.region] if self.regions else []
@@ -67,7 +67,7 @@ class Hitter(Task):
         me.hit_was_fast = False
         me.hit_address = address
         me.hit_seq = lock_sequence(self.mm)
-        regs.ip = wary(address + 1, me, PAUSE_IN_HIT)
+        regs.ip = wary(address + 1, me, *PAUSES_IN_HIT)
         regs.sp = 0x7FFF_FFFF_E000
         regs.stack.clear()
         self.log.count("hit")
@@ -116,7 +116,7 @@ class Descender(Task):
         rcu_read_lock_trace(self.me.task)
         before = seqcount.sequence
         began = time.monotonic_ns()
-        found = find_uprobe_rcu(key.inode, wary(key.offset, self.me, PAUSE_IN_DESCENT))
+        found = find_uprobe_rcu(key.inode, wary(key.offset, self.me, *PAUSES_IN_DESCENT))
         took = time.monotonic_ns() - began
         after = seqcount.sequence
         rcu_read_unlock_trace(self.me.task)
@@ -165,7 +165,7 @@ class RefUser(Task):
         seen = find_uprobe_rcu(key.inode, key.offset)
         dying = seen is not None and refcount_read(seen, "ref") == 0
         rcu_read_unlock_trace(task)
-        uprobe = find_uprobe(key.inode, wary(key.offset, self.me, PAUSE_BEFORE_GET))
+        uprobe = find_uprobe(key.inode, wary(key.offset, self.me, *PAUSES_BEFORE_GET))
         log.count("ref_get")
         if uprobe is None:
             if dying:

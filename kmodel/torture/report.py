@@ -18,7 +18,12 @@ import attrs
 from kmodel.torture.oracle import Violation
 
 SHORT_RUN_SECONDS = 5.0
-"""A run shorter than this (or interrupted before it) may end clean without having met every hard path."""
+"""A run shorter than this, or interrupted, may end clean without having met every hard path."""
+
+OVERTIME_SECONDS = 20.0
+"""A run that is not short goes on for so long at most when a hard path was not met in its time (a busy
+machine).
+"""
 
 # Counter -> what people call it. Each is a path that a run without it did not test.
 HARD_PATHS = {
@@ -65,7 +70,7 @@ class Report:
     @property
     def short(self) -> bool:
         """Whether the run was too short for its hard paths to be demanded."""
-        return self.elapsed < SHORT_RUN_SECONDS
+        return self.interrupted or self.elapsed < SHORT_RUN_SECONDS
 
     @property
     def verdict(self) -> str:

@@ -36,7 +36,7 @@ from kmodel.core import (
 )
 from kmodel.torture import build
 from kmodel.torture.oracle import Oracle, TaskLog, Violated
-from kmodel.torture.report import Report
+from kmodel.torture.report import HARD_PATHS, OVERTIME_SECONDS, SHORT_RUN_SECONDS, Report
 from kmodel.torture.roles import DEFAULT_TASKS, roles_of
 from kmodel.torture.tasks import pause_in_handler
 from kmodel.torture.world import Config, Member, World
@@ -158,7 +158,16 @@ class Torture:
         """Whether the time is not up and nothing is wrong yet."""
         if self._oracle.violations:
             return False
-        return time.monotonic() - self._began < self.config.seconds
+        over = time.monotonic() - self._began - self.config.seconds
+        if over < 0:
+            return True
+        if self.config.seconds < SHORT_RUN_SECONDS or over > OVERTIME_SECONDS:
+            return False
+        counts = self._oracle.totals()
+        if all(counts.get(name) for name in HARD_PATHS):
+            return False
+        self._stage = "overtime, until every hard path was met"
+        return True
 
     def poll(self) -> Progress:
         """Look at the tasks, also for stalls, and say how far they are."""

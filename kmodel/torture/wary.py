@@ -19,27 +19,30 @@ import time
 
 from kmodel.torture.world import Member
 
-LONGEST_SECONDS = 0.0006
+LONGEST_SECONDS = 0.0008
 
 
 class Wary(int):
-    """An int of one task, which pauses with probability `chance` at each use."""
+    """An int of one task, which pauses with probability `chance` at each use, `at_end` where the uprobe is
+    found.
+    """
 
     me: Member
     chance: float
+    at_end: float
 
     def __sub__(self, other: int) -> "Wary":
         if other != 1:  # not where the length of the breakpoint is subtracted
             pause(self.me, self.chance)
-        return wary(int(self).__sub__(other), self.me, self.chance)
+        return wary(int(self).__sub__(other), self.me, self.chance, self.at_end)
 
     def __radd__(self, other: int) -> "Wary":
-        return wary(int(self).__add__(other), self.me, self.chance)
+        return wary(int(self).__add__(other), self.me, self.chance, self.at_end)
 
     def __eq__(self, other: object) -> bool:
         equal = int(self) == other
         if equal:
-            pause(self.me, self.chance)
+            pause(self.me, self.at_end)
         return equal
 
     def __ne__(self, other: object) -> bool:
@@ -64,11 +67,12 @@ class Wary(int):
     __hash__ = int.__hash__
 
 
-def wary(value: int, me: Member, chance: float) -> Wary:
+def wary(value: int, me: Member, chance: float, at_end: float) -> Wary:
     """The number as one of the task's."""
     made = Wary(value)
     made.me = me
     made.chance = chance
+    made.at_end = at_end
     return made
 
 
