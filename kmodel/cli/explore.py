@@ -288,7 +288,8 @@ def innermost(error: BaseException | None) -> str:
     for frame in reversed(frames):
         path = Path(frame.filename)
         if not any(path.is_relative_to(part) for part in ours):
-            return f" ({os.path.relpath(path)}:{frame.lineno} in {frame.name})"
+            base = package.parent if path.is_relative_to(package) else Path.cwd()
+            return f" ({os.path.relpath(path, base)}:{frame.lineno} in {frame.name})"
     return ""
 
 

@@ -203,7 +203,7 @@ class _Lanes:
 
     def table(self) -> str:
         """All of it."""
-        head = "".join(f'<th scope="col">{escape(task["name"])}</th>' for task in self.trace["tasks"])
+        head = "".join(f'<th scope="col">{_code(task["name"])}</th>' for task in self.trace["tasks"])
         said = self.words.all()
         rows = [self._row(step, said[step["n"] - 1]) for step in self.trace["steps"]]
         if _has_end(self.trace):

@@ -125,23 +125,27 @@
     byId("now-source").replaceChildren(...clone(".source"), ...clone(".stack"));
   }
 
-  // Moves as little as needed. Where the lanes scroll in a box of their own, only the box moves, never the page
-  // around it: on a phone that would take away what is being read.
+  // Moves as little as needed. On a phone only the lanes' own box moves, never the page around it: that would take
+  // away what is being read.
   const lanes = document.querySelector(".lanes .scroll");
+  const narrow = window.matchMedia("(max-width: 62rem)");  // as in page.css
   function reveal(row) {
-    const cell = row.querySelector(".mine").getBoundingClientRect();
+    const place = () => row.querySelector(".mine").getBoundingClientRect();
     const around = lanes.getBoundingClientRect();
     const head = document.querySelector(".steps thead").getBoundingClientRect();
     const number = row.firstElementChild.getBoundingClientRect();
     // Negative: up or left by so much; positive: down or right, but not past the near edge.
     const nudge = (low, high, from, to) => (low < from ? low - from : high > to ? Math.min(high - to, low - from) : 0);
+    let cell = place();
     lanes.scrollLeft += nudge(cell.left, cell.right, around.left + number.width, around.left + lanes.clientWidth);
-    if (getComputedStyle(lanes).overflowY === "auto") {
+    const boxed = getComputedStyle(lanes).overflowY === "auto";
+    if (boxed) {
       lanes.scrollTop += nudge(cell.top, cell.bottom, around.top + head.height, around.top + lanes.clientHeight);
-    } else {
-      const above = byId("controls").offsetHeight + head.height;
-      window.scrollBy(0, nudge(cell.top, cell.bottom, above, window.innerHeight - 24));
+      if (narrow.matches) return;
     }
+    cell = place();
+    const above = byId("controls").offsetHeight + (boxed ? 0 : head.height);
+    window.scrollBy(0, nudge(cell.top, cell.bottom, above, window.innerHeight - 24));
   }
 
   function fit() {

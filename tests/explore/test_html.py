@@ -417,6 +417,7 @@ def test_many_tasks_scroll_in_their_box(page: Page, tmp_path: Path) -> None:
     trace = message_passing()
     trace["tasks"] += [{"id": n, "name": f"task {n}"} for n in range(3, 21)]
     trace["steps"][3]["task"] = 20
+    page.emulate(WIDE[0], 500)
     _open(page, tmp_path, trace)
     page.press("End")
 
@@ -424,6 +425,9 @@ def test_many_tasks_scroll_in_their_box(page: Page, tmp_path: Path) -> None:
     assert page.evaluate(
         "document.querySelector('.step.current .mine').getBoundingClientRect().right"
         " <= document.querySelector('.lanes > .scroll').getBoundingClientRect().right + 1"
+    )
+    assert (
+        page.evaluate("document.querySelector('.step.current .mine').getBoundingClientRect().bottom") <= 500
     )
 
 
