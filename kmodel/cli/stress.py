@@ -234,7 +234,9 @@ def verdict_line(report: Report) -> str:
         return f"INCOMPLETE: nothing was wrong, but this never happened: {names}"
     suffix = ""
     if report.not_met:
-        suffix = f" as far as it went (interrupted, or under {SHORT_RUN_SECONDS:g} s, it need not meet every hard path)"
+        suffix = (
+            f" as far as it went (interrupted or under {SHORT_RUN_SECONDS:g} s: not every hard path was met)"
+        )
     if report.removed_guards:
         return f"NOTHING FOUND without {', '.join(report.removed_guards)}{suffix}"
     return f"CLEAN{suffix}"

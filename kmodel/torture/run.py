@@ -18,6 +18,7 @@ import os
 import platform
 import random
 import shlex
+import sys
 import tempfile
 import time
 
@@ -41,6 +42,7 @@ from kmodel.torture.roles import DEFAULT_TASKS, roles_of
 from kmodel.torture.tasks import pause_in_handler
 from kmodel.torture.world import Config, Member, World
 
+SWITCH_INTERVAL = 1e-4
 STALL_SECONDS = 20.0
 STOP_SECONDS = 20.0
 TURNS = (0.0002, 0.0002, 0.0002, 0.0002, 0.0002, 0.0002, 0.0002, 0.002)
@@ -151,6 +153,10 @@ class Torture:
         self._oracle.started = self._oracle.now()
         self.started = True
         self._stage = "running"
+        if gil_enabled():
+            # Under a GIL tasks only meet in each other's middle if they are interrupted there.
+            self._stack.callback(sys.setswitchinterval, sys.getswitchinterval())
+            sys.setswitchinterval(SWITCH_INTERVAL)
         for log in list(self._oracle.logs):
             log.go = True
 
