@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import kmodel
-from kmodel.cli import explore, guards, litmus, replay, stress
+from kmodel.cli import explore, guards, litmus, maps, replay, stress
 
-COMMANDS = (stress, explore, replay, litmus, guards)
+COMMANDS = (stress, explore, replay, litmus, maps, guards)
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 

@@ -15,7 +15,17 @@ from typing import Any, Final
 
 import attrs
 
-from kmodel.fs import O_RDONLY, O_RDWR, File, alloc_empty_file, file_init_path, fput, get_file, iget_path
+from kmodel.fs import (
+    O_RDONLY,
+    O_RDWR,
+    File,
+    alloc_empty_file,
+    file_init_path,
+    fput,
+    get_file,
+    iget_path,
+    iput,
+)
 from kmodel.fs.inode import OnDisk
 from kmodel.mm.flags import (
     DEFAULT_MMAP_BASE,
@@ -192,16 +202,21 @@ def _open(line: MapsLine, lines: list[MapsLine]) -> File:
     written = any("w" in other.perms and other.perms.endswith("s") for other in same)
     contents = None
     path = line.name
-    try:
-        real = os.stat(path)
+    # The text escapes a newline, but not the backslash of a name that looks like one.
+    for name in {path, path.replace("\n", "\\012")}:
+        try:
+            real = os.stat(name)
+        except (OSError, ValueError):
+            continue
         if real.st_ino == line.ino:
-            size, contents = real.st_size, OnDisk(path)
-    except (OSError, ValueError):
-        pass
+            path, size, contents = name, real.st_size, OnDisk(name)
     # A name that is gone, or that leads elsewhere by now, must not hide the file that has it today.
     nameless = contents is None and (path.endswith(" (deleted)") or not path.startswith("/"))
-    key = f"{path}#{line.dev[0]:x}:{line.dev[1]:x}:{line.ino}" if nameless else path
-    inode = iget_path(key, size=size, ino=line.ino, dev=line.dev, contents=contents)
+    key = f"{path}#{line.dev[0]:x}:{line.dev[1]:x}:{line.ino}"
+    inode = iget_path(key if nameless else path, size=size, ino=line.ino, dev=line.dev, contents=contents)
+    if inode is not None and (inode.i_dev, inode.i_ino) != (line.dev, line.ino):
+        iput(inode)  # another file by the same name: of another mount, or of another process's
+        inode = iget_path(key, size=size, ino=line.ino, dev=line.dev, contents=contents)
     file = alloc_empty_file(O_RDWR if written else O_RDONLY)
     if inode is None or isinstance(file, int):
         raise MemoryError

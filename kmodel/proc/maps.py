@@ -24,7 +24,6 @@ from kmodel.core import current
 from kmodel.fs import task_work_run
 from kmodel.mm import (
     MmStruct,
-    VmaIterator,
     lock_next_vma,
     mmap_read_lock,
     mmap_read_lock_killable,
@@ -50,9 +49,9 @@ SENTINEL_VMA_GATE: Final = -2
 class ProcMapsPrivate:
     """struct proc_maps_private, with its locking context: of one open file."""
 
-    mm: MmStruct
+    mm: Any
     variant: "MapsVariant"
-    iter: VmaIterator
+    iter: Any = None
     last_pos: int = 0
     in_use: bool = False  # between start and stop, the mm is used (the kernel: priv->task)
     mmap_locked: bool = False
@@ -173,7 +172,7 @@ def m_start(m: SeqFile) -> Any:
     priv: ProcMapsPrivate = m.private
     if m.index == SENTINEL_VMA_END:
         return None
-    if not mmget_not_zero(priv.mm):
+    if priv.mm is None or not mmget_not_zero(priv.mm):
         return None
     error = priv.variant.lock_vma_range(priv)
     if error:
@@ -183,7 +182,7 @@ def m_start(m: SeqFile) -> Any:
     # The VMA that was fetched last may not have been printed: from its beginning again.
     if m.index > 0:
         m.index = priv.last_pos
-    vma_iter_set(priv.iter, max(m.index, 0))
+    priv.iter = vma_iter_init(priv.mm, max(m.index, 0))
     if m.index == SENTINEL_VMA_GATE:
         return get_gate_vma(priv.mm)
     return proc_get_vma(m)
@@ -234,13 +233,14 @@ proc_pid_maps_op: Final = SeqOperations(m_start, m_stop, m_next, _show)
 # ------------------------------------------------------------------------------------------------ the file
 
 
-def proc_maps_open(mm: MmStruct, variant: str = "vma-lock") -> SeqFile:
+def proc_maps_open(mm: MmStruct | None, variant: str = "vma-lock") -> SeqFile:
     """open("/proc/PID/maps"): holds the struct, not the address space. ValueError for an unknown variant."""
     chosen = maps_variants().get(variant)
     if chosen is None:
         raise ValueError(f"variant={variant!r}: must be one of {', '.join(maps_variants())}")
-    mmgrab(mm)
-    return SeqFile(proc_pid_maps_op, ProcMapsPrivate(mm, chosen, vma_iter_init(mm)))
+    if mm is not None:  # a kernel thread has none
+        mmgrab(mm)
+    return SeqFile(proc_pid_maps_op, ProcMapsPrivate(mm, chosen))
 
 
 def proc_maps_read(m: SeqFile, n: int) -> bytes:
@@ -255,10 +255,11 @@ def proc_maps_read(m: SeqFile, n: int) -> bytes:
 
 def proc_map_release(m: SeqFile) -> None:
     """close(2)."""
-    mmdrop(m.private.mm)
+    if m.private.mm is not None:
+        mmdrop(m.private.mm)
 
 
-def proc_maps_reads(mm: MmStruct, size: int = 1 << 16, variant: str = "vma-lock") -> Iterator[bytes]:
+def proc_maps_reads(mm: MmStruct | None, size: int = 1 << 16, variant: str = "vma-lock") -> Iterator[bytes]:
     """What one read of `size` bytes after the other gives, up to the end."""
     m = proc_maps_open(mm, variant)
     try:
@@ -268,7 +269,7 @@ def proc_maps_reads(mm: MmStruct, size: int = 1 << 16, variant: str = "vma-lock"
         proc_map_release(m)
 
 
-def proc_maps(mm: MmStruct, variant: str = "vma-lock") -> str:
+def proc_maps(mm: MmStruct | None, variant: str = "vma-lock") -> str:
     """What /proc/PID/maps says of the address space; empty when its last user is gone.
 
     Read like a file, a buffer at a time: between two buffers nothing is held.

@@ -114,7 +114,7 @@ class _Locking:
     mmap_locked: bool = False
 
 
-def procmap_ioctl(mm: MmStruct, cmd: int, uarg: bytearray, user: UserMemory) -> int:
+def procmap_ioctl(mm: MmStruct | None, cmd: int, uarg: bytearray, user: UserMemory) -> int:
     """ioctl(2) on /proc/PID/maps with the struct at `uarg`: 0 or a negative errno."""
     if cmd != PROCMAP_QUERY:
         return -ENOTTY
@@ -124,7 +124,7 @@ def procmap_ioctl(mm: MmStruct, cmd: int, uarg: bytearray, user: UserMemory) -> 
     return result
 
 
-def do_procmap_query(mm: MmStruct, uarg: bytearray, user: UserMemory) -> int:
+def do_procmap_query(mm: MmStruct | None, uarg: bytearray, user: UserMemory) -> int:
     """Answer the query in place: 0 or a negative errno."""
     if len(uarg) < 8:
         return -EFAULT
@@ -144,7 +144,7 @@ def do_procmap_query(mm: MmStruct, uarg: bytearray, user: UserMemory) -> int:
         return -EINVAL
     if bool(karg.build_id_size) != bool(karg.build_id_addr):
         return -EINVAL
-    if not mmget_not_zero(mm):
+    if mm is None or not mmget_not_zero(mm):  # a kernel thread, or a process that has ended
         return -ESRCH
 
     lock_ctx = _Locking(mm)
