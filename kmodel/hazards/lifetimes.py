@@ -61,7 +61,7 @@ def use(uprobe: Uprobe) -> None:
 
 
 def hit_with_reference(state: State) -> None:
-    """The handler of a breakpoint, which used to hold a reference and no read-side section while it worked."""
+    """A breakpoint handler of that time: it works with a reference, and outside of any section."""
     uprobe = find_uprobe(state.inode, OFFSET)
     if uprobe is not None:
         use(uprobe)
@@ -86,7 +86,7 @@ register(
 
 
 def hit_then_step(state: State) -> None:
-    """The handler runs as a reader; the single-step after it is too long for that, so it takes a reference."""
+    """The handler runs as a reader; for the single-step, which is long, it takes a reference."""
     rcu_read_lock_trace()
     active_uprobe = find_uprobe_rcu(state.inode, OFFSET)
     if active_uprobe is not None:
