@@ -23,7 +23,7 @@ older_int_mm_lock_seq().
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from kmodel.core import READ_ONCE, smp_load_acquire, smp_rmb, smp_store_release
+from kmodel.core import READ_ONCE, guards, smp_load_acquire, smp_rmb, smp_store_release
 from kmodel.mm.mm_struct import MmStruct
 from kmodel.sync import (
     do_raw_write_seqcount_begin,
@@ -41,6 +41,10 @@ from kmodel.sync import (
     rwsem_is_contended,
     up_read,
     up_write,
+)
+
+_OLD = guards.register(
+    "no-mm-seq-begin", "H16: mm_lock_seq moves at unlock only, and a reader beside a writer sees it stand still"
 )
 
 _int_seq = False
@@ -68,9 +72,13 @@ def older_int_mm_lock_seq() -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------- mm_lock_seq
 
 
+def _is_int() -> bool:
+    return _int_seq or (guards.any_removed and _OLD in guards.removed)
+
+
 def mm_lock_seqcount_begin(mm: MmStruct) -> None:
     """The write lock was taken: odd from here. seq++ ; WMB: pairs with RMB in mmap_lock_speculate_retry()."""
-    if not _int_seq:
+    if not _is_int():
         do_raw_write_seqcount_begin(mm.mm_lock_seq)
 
 
@@ -79,7 +87,7 @@ def mm_lock_seqcount_end(mm: MmStruct) -> None:
     mmap_lock_speculate_try_begin() and in vma_start_read().
     """
     rwsem_assert_held_write(mm.mmap_lock)
-    if _int_seq:
+    if _is_int():
         seq = mm.mm_lock_seq
         smp_store_release(seq, "sequence", (seq.sequence + 1) & 0xFFFF_FFFF)
     else:
@@ -88,14 +96,14 @@ def mm_lock_seqcount_end(mm: MmStruct) -> None:
 
 def mmap_lock_speculate_try_begin(mm: MmStruct) -> tuple[bool, int]:
     """(True, sample) if no writer is at work, else (False, ...): waiting would equal taking the lock."""
-    if _int_seq:
+    if _is_int():
         return True, smp_load_acquire(mm.mm_lock_seq, "sequence")
     return raw_seqcount_try_begin(mm.mm_lock_seq)
 
 
 def mmap_lock_speculate_retry(mm: MmStruct, seq: int) -> bool:
     """True if what was read since the sample must be thrown away. RMB ; compare."""
-    if _int_seq:
+    if _is_int():
         smp_rmb()
         return bool(READ_ONCE(mm.mm_lock_seq, "sequence") != seq)
     return read_seqcount_retry(mm.mm_lock_seq, seq)
