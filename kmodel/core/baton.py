@@ -6,8 +6,10 @@ Invariants:  B1 a thread of the pool that runs no job waits for one, B2 nothing 
 Read next:   explore/engine.py, its user
 
 Threads are kept and used again, by later runs too (a new one costs 140 us). They wait on an eventfd: measured
-for a round trip of the baton, 6 us of processor time on either build, where a raw lock takes 13, and 95 on the
-free-threaded one, because its locks spin before they sleep. The holder of the baton is what everybody waits for,
+for a round trip of the baton, 6 us of processor time on either build, where a raw lock takes 13, and 95 on
+the
+free-threaded one, because its locks spin before they sleep. The holder of the baton is what everybody waits
+for,
 so spinning never helps here.
 """
 

@@ -2,7 +2,8 @@
 
 Models:      nothing in Linux
 Guards:      one exploration at a time per process
-Invariants:  R1 a search that a bound stopped never says PASS, R2 a violation that is reported was seen twice: by the
+Invariants:  R1 a search that a bound stopped never says PASS, R2 a violation that is reported was seen twice:
+             by the
              search and by the run that is shown
 Read next:   explore/search.py, explore/engine.py
 """
@@ -59,12 +60,17 @@ def explore(
     hang_seconds: float = 10.0,
     progress: Callable[[Progress], bool] | None = None,
 ) -> Result:
-    """Run state = setup(), every thread(state) interleaved, final(state), in every way that can make a difference.
+    """Run state = setup(), every thread(state) interleaved, final(state), in every way that can make a
+    difference.
 
-    memory: "lkmm" (the kernel's model), "tso" (x86) or "sc". strategy: "dpor" exhausts; "iterative" too, fewest preemptions
-    first; "pct", "random" and "uniform" are seeded walks; "brute" is dpor without reduction. `outcome(state)` is collected for
-    each execution. Bounds (preemptions, max_executions, max_seconds, max_steps per execution) give BOUNDED at best.
-    `races`: report plain-access data races; `warnings`: WARN is a violation; `leaks`: so is what is still allocated at the end.
+    memory: "lkmm" (the kernel's model), "tso" (x86) or "sc". strategy: "dpor" exhausts; "iterative" too,
+    fewest preemptions
+    first; "pct", "random" and "uniform" are seeded walks; "brute" is dpor without reduction. `outcome(state)`
+    is collected for
+    each execution. Bounds (preemptions, max_executions, max_seconds, max_steps per execution) give BOUNDED at
+    best.
+    `races`: report plain-access data races; `warnings`: WARN is a violation; `leaks`: so is what is still
+    allocated at the end.
     part=(k, n): only the k-th of n parts of the search; explore.split.merge() puts their results together.
     `rcu`: grace periods as their "specification", or explore the model's own "implementation" of them.
     `progress` is called now and then; if it returns False, the search ends early.
@@ -116,8 +122,12 @@ def _search(
     walk = {"pct": Pct, "random": Walk, "uniform": UniformWalk}.get(strategy)
     if walk is not None and max_executions is None and chosen["max_seconds"] is None:
         max_executions = _WALK_EXECUTIONS
-    if chosen["part"] is not None and (strategy not in ("dpor", "brute") or chosen["preemptions"] is not None):
-        raise ValueError(f"part={chosen['part']}: only strategy='dpor' without a bound of preemptions can be split")
+    if chosen["part"] is not None and (
+        strategy not in ("dpor", "brute") or chosen["preemptions"] is not None
+    ):
+        raise ValueError(
+            f"part={chosen['part']}: only strategy='dpor' without a bound of preemptions can be split"
+        )
     run = _Run(program, max_executions, chosen["max_seconds"], hang_seconds, progress)
     if strategy == "iterative":
         return run.iterative()
@@ -176,7 +186,7 @@ class _Run:
 
         engine.stop = stop
         engine.run(watch)
-        why = self.why
+        why: str | None = self.why
         if why is None and engine.cut:
             why = f"{engine.cut} executions were cut off after max_steps={program.options['max_steps']} steps"
         if why is None and search.cut:
@@ -235,7 +245,8 @@ def replay(
 ) -> Result:
     """Run a saved execution again, step by step.
 
-    The scenario is what the file names, or what is given (as for explore(): needed for functions inside functions).
+    The scenario is what the file names, or what is given (as for explore(): needed for functions inside
+    functions).
     INCONCLUSIVE if the model no longer does what the schedule says.
     """
     document: Mapping[str, Any] = trace if isinstance(trace, Mapping) else read_trace(trace)

@@ -2,19 +2,22 @@
 
 Models:      a machine whose scheduler may preempt before every access of shared memory
 Guards:      the baton: exactly one OS thread of an exploration is not parked
-Invariants:  E1 the same schedule gives the same execution, E2 an execution ends: done, blocked, broken or cut,
+Invariants:  E1 the same schedule gives the same execution, E2 an execution ends: done, blocked, broken or
+             cut,
              E3 tasks of a finished execution have unwound before the next begins
 Leaves out:  time (a timer may fire at any moment after it was armed), migration between CPUs
 Read next:   explore/search.py for who runs next, explore/memory_sc.py for what an access does
 
-The scheduler has no thread of its own: whoever is about to make an access asks the search, and hands the baton
-over only if somebody else is to run. A thread whose task has ended starts the next task, or the next execution,
+The scheduler has no thread of its own: whoever is about to make an access asks the search, and hands the
+baton
+over only if somebody else is to run. A thread whose task has ended starts the next task, or the next
+execution,
 itself; so a hand-over is paid for a preemption only.
 """
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from kmodel.core import access, baton
 from kmodel.core.baton import Baton, borrow
@@ -38,7 +41,7 @@ from kmodel.explore.names import Names
 from kmodel.explore.oracles import Oracles, classify
 from kmodel.explore.rcu_spec import RcuSpecification
 
-PARK: Any = object()
+PARK = cast("Runner", object())
 """What a thread does when the baton is elsewhere."""
 
 
@@ -120,7 +123,7 @@ class ExploreEngine(Tracer):
         self.boot_children = self.boot_created = 0
         self.last_runner = -1
         self.ev_loc: Loc | None = None
-        self.ev_w = False
+        self.ev_w = 0
         self.ev_kind = START
         self.state: Any = None
         self.broken: Violation | None = None
@@ -229,7 +232,9 @@ class ExploreEngine(Tracer):
         return self._go_on(mine)
 
     def _go_on(self, mine: Baton) -> Runner | None:
-        """After a task or an execution has ended: what this thread does next, PARK, or None when all is done."""
+        """After a task or an execution has ended: what this thread does next, PARK, or None when all is
+        done.
+        """
         while True:
             if self.over is None:
                 chosen = self._decide(None)
@@ -263,10 +268,8 @@ class ExploreEngine(Tracer):
         if self.nondeterminism is not None or self.hang is not None:
             return False
         partial = reason in ("blocked", "skipped")
-        if not partial and reason != "steps" and self.broken is None:
-            self._judge()
-            if self.hang is not None:
-                return False
+        if not partial and reason != "steps" and self.broken is None and not self._judge():
+            return False
         if self.checking:
             if not self._as_before(reason):
                 return False
@@ -282,7 +285,8 @@ class ExploreEngine(Tracer):
         if self.recorder is not None:
             self.recorder.end(self)
         if self.first is None and not partial and self.violation is None and self.search.exhausts:
-            # Run the first execution twice: a model that is not deterministic shows at once, and not as a strange result.
+            # Run the first execution twice: a model that is not deterministic shows at once,
+            # and not as a strange result.
             self.first = (reason, self.depth, self.collected)
             self.checking = True
             self.plen = len(self.stack)
@@ -296,14 +300,14 @@ class ExploreEngine(Tracer):
         before, now = self.first, (reason, self.depth, self.collected)
         assert before is not None
         self.nondeterminism = (
-            f"the first execution was run twice and ended differently: {before[0]} after {before[1]} steps with outcome "
-            f"{before[2]!r}, then {now[0]} after {now[1]} steps with outcome {now[2]!r}"
+            f"the first execution was run twice and ended differently: {before[0]} after {before[1]} steps "
+            f"with outcome {before[2]!r}, then {now[0]} after {now[1]} steps with outcome {now[2]!r}"
             + (f" and {self.broken}" if self.broken is not None else "")
         )
         return False
 
-    def _judge(self) -> None:
-        """The execution went to its end: final(), outcome() and the oracles of the end."""
+    def _judge(self) -> bool:
+        """The execution went to its end: final(), outcome() and the oracles of the end. False: stuck there."""
         bind_thread(self.boot_task)
         try:
             if self.final is not None:
@@ -321,6 +325,7 @@ class ExploreEngine(Tracer):
                 break
         if self.broken is None:
             self.broken = self.oracles.at_end()
+        return self.hang is None
 
     def fail(self, violation: Violation) -> None:
         """The execution broke something: it ends here."""
@@ -342,7 +347,7 @@ class ExploreEngine(Tracer):
             node = self.stack[d]
             if node.task >= len(self.runners):
                 self.diverge(f"step {d + 1}: the schedule names a task that was not started this time")
-            chosen = self.runners[node.task]
+            chosen: Runner = self.runners[node.task]
             if chosen.ready is not None and not chosen.ready(chosen):
                 self.diverge(f"step {d + 1}: {chosen.task!r} {chosen.doing}, but it could go on before")
             if node.label is None and self.labelled and not self.search.arrive(node, chosen):
@@ -356,7 +361,9 @@ class ExploreEngine(Tracer):
         return self.search.extend(me)  # type: ignore[no-any-return]
 
     def point(self, me: Runner) -> int:
-        """The task is about to make the access it has noted in itself: return when it is to, with the event's number."""
+        """The task is about to make the access it has noted in itself: return when it is to, with the
+        event's number.
+        """
         while True:
             chosen = self._decide(me)
             if chosen is me:
@@ -391,7 +398,7 @@ class ExploreEngine(Tracer):
         self.commit(chosen, d, chosen.clock | 1 << d, START, None, False)
         self.cur = chosen
 
-    def commit(self, me: Runner, d: int, clock: int, kind: int, loc: Loc | None, isw: bool) -> None:
+    def commit(self, me: Runner, d: int, clock: int, kind: int, loc: Loc | None, isw: int) -> None:
         """Event `d` has happened; check that it is the one that happened here before."""
         me.clock = clock
         self.clk.append(clock)
@@ -465,8 +472,8 @@ class ExploreEngine(Tracer):
         """A load outside the run: setup(), final(), outcome()."""
         if self.judging:
             raise TypeError(
-                f"a wait's condition reads {type(obj).__name__}.{field}: it must be a function of the value it is given, "
-                "or nobody knows what it waits for"
+                f"a wait's condition reads {type(obj).__name__}.{field}: it must be a function of the value "
+                "it is given, or nobody knows what it waits for"
             )
         return raw_get(obj, field)
 
@@ -580,7 +587,8 @@ class ExploreEngine(Tracer):
         if id(obj) in self.externals:
             kid = self.externals[id(obj)][1]
         elif kid not in self.built or self.built[kid] is not obj:
-            # Built before the exploration, so it outlives executions: give it a name and its values back each time.
+            # Built before the exploration, so it outlives executions: give it a name and its
+            # values back each time.
             kid = -(len(self.externals) + 1) << 4
             self.externals[id(obj)] = (obj, kid, {})
         if kid < 0:

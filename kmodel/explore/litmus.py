@@ -2,7 +2,8 @@
 
 Models:      herd7's litmus tests, in the JSON form of tests/data/litmus.json.gz
 Guards:      none
-Invariants:  L1 the outcomes are those of the program, nothing added: variables by name, registers as thread:register
+Invariants:  L1 the outcomes are those of the program, nothing added: variables by name, registers as
+             thread:register
 Leaves out:  loops, conditions, dependencies: the tests have none
 Read next:   tests/explore/test_litmus.py
 
@@ -33,8 +34,9 @@ from kmodel.core import (
     xchg_relaxed,
     xchg_release,
 )
-from kmodel.explore.api import Result, explore
+from kmodel.explore.api import explore
 from kmodel.explore.events import Verdict
+from kmodel.explore.result import Result
 
 _XCHG = {"full": xchg, "relaxed": xchg_relaxed, "acquire": xchg_acquire, "release": xchg_release}
 State = tuple[tuple[str, int], ...]

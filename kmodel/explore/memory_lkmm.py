@@ -1,23 +1,28 @@
 """The kernel's memory model, without load buffering.
 
-Models:      tools/memory-model (linux-kernel.cat) plus acyclic(po | rf), in the operational form of docs/explorer.md
+Models:      tools/memory-model (linux-kernel.cat) plus acyclic(po | rf), in the operational form of
+             docs/explorer.md
 Guards:      the engine's baton
-Invariants:  M1 a load returns a store at or after what its task must see, M2 a store lands behind what its task must be
+Invariants:  M1 a load returns a store at or after what its task must see, M2 a store lands behind what its
+             task must be
              behind, M3 nothing lands between a read-modify-write and the store it read
 Leaves out:  load buffering; control and data dependencies order nothing here that program order does not
 Read next:   explore/search.py for what labels are, tests/explore/test_litmus.py for the evidence
 
-Tasks execute in program order; all weakness is in which store a load returns and where a store lands in coherence order.
+Tasks execute in program order; all weakness is in which store a load returns and where a store lands in
+coherence order.
 A view says from which stores on somebody must read; it is a set of events, and a join is a union. Per task:
 
     R  a load may not return anything earlier          W  a store may not land before any of these
     F  what every later store carries (fences)         O  own stores and what they carry
     K  all that is known: own events, every store read, and what those carried
 
-The events of loads are members of views too: nobody reads from them, but a store that is ordered behind a load has it in W,
+The events of loads are members of views too: nobody reads from them, but a store that is ordered behind a
+load has it in W,
 and that is what the race oracle asks.
 
-What is independent for the search: two stores (each may land on either side of the other, whichever comes first), a load and
+What is independent for the search: two stores (each may land on either side of the other, whichever comes
+first), a load and
 a store that it does not read. Only a load that comes before a store it could read is tried again after it.
 """
 
@@ -174,7 +179,7 @@ class LkmmEngine(ScEngine):
         return [hist[i].event for i in range(len(hist) - 1, low - 1, -1) if not hist[i].glued]
 
     def _rmw_floors(self, me: Runner, loc: Loc) -> tuple[int, int, int]:
-        """From where on a read-modify-write may fail (read), could succeed but for fences, and may succeed."""
+        """From where on a read-modify-write may fail (only read), could succeed but for fences, may succeed."""
         pointer = _through(me, loc)
         hist = loc.hist
         low = _floor(hist, me.R | pointer)
@@ -260,7 +265,8 @@ class LkmmEngine(ScEngine):
             me.R |= store.bit
             me.W |= store.bit
             if view and isinstance(store.value, KernelObject):
-                # Address dependency: what is read through the pointer is at least what its publisher had ordered before.
+                # Address dependency: what is read through the pointer is at least what its
+                # publisher had ordered before.
                 kid = store.value._k_id
                 me.pointers[kid] = me.pointers[kid] | view if kid in me.pointers else view
 
@@ -333,7 +339,9 @@ class LkmmEngine(ScEngine):
         return store
 
     def _store_races(self, me: Runner, loc: Loc, new: Store | None, low: int | None, clock: int) -> None:
-        """Which earlier readers could have read `new`; from `low` on, which took what this one could have taken."""
+        """Which earlier readers could have read `new`; from `low` on, which took what this one could have
+        taken.
+        """
         seen = me.clock
         for reader in reversed(loc.readers):
             event = reader.event
@@ -455,7 +463,9 @@ class LkmmEngine(ScEngine):
                     self.search.race(earlier, clock, me)
 
     def _touch(self, me: Runner, d: int, res: Loc, isw: bool, old: int, clock: int) -> int:
-        """An event, `old` before it, uses something whose users' order matters: find races, return its whole clock."""
+        """An event, `old` before it, uses something whose users' order matters: find races, return its
+        whole clock.
+        """
         clock |= res.wclk
         if isw:
             clock |= res.rclk
@@ -511,7 +521,7 @@ class LkmmEngine(ScEngine):
         me = self.cur
         if me is None:
             return super().spin_trylock(obj, field)
-        got = self.rmw(obj, field, _take, "acquire") == 0
+        got: bool = self.rmw(obj, field, _take, "acquire") == 0
         if got:
             loc = self.loc_of(obj, field)
             hist = loc.hist

@@ -2,11 +2,13 @@
 
 Models:      nothing in Linux: the machine everybody first thinks of
 Guards:      the engine's baton
-Invariants:  M1 values live in the objects' own slots, M2 two accesses of one location are independent if both only load
+Invariants:  M1 values live in the objects' own slots, M2 two accesses of one location are independent if both
+             only load
 Leaves out:  all reordering; see memory_tso.py and memory_lkmm.py
 Read next:   explore/memory_tso.py
 
-An event is dependent by its effect: a cmpxchg that fails is a load. A marked access synchronises with every earlier marked
+An event is dependent by its effect: a cmpxchg that fails is a load. A marked access synchronises with every
+earlier marked
 store of its location, and so do locks; plain accesses do not, which is what the race oracle goes by.
 """
 
@@ -271,7 +273,7 @@ class ScEngine(ExploreEngine):
             free = not raw_get(obj, field)
             raw_set(obj, field, 1)
             return free
-        got = self.rmw(obj, field, _take, "acquire") == 0
+        got: bool = self.rmw(obj, field, _take, "acquire") == 0
         if got:
             self.loc_of(obj, field).lastacq = self.depth - 1
         return got
@@ -319,7 +321,9 @@ class ScEngine(ExploreEngine):
         me.K |= other.K
 
     def _races(self, me: Runner, d: int, old: int, clock: int, earlier: list[int]) -> None:
-        """An event with the clock `clock`, `old` before it, conflicts with these; the last that come first race."""
+        """An event with the clock `clock`, `old` before it, conflicts with these; the last that come first
+        race.
+        """
         if d < self.plen - 1:
             return
         seen = old

@@ -7,7 +7,8 @@ Invariants:  T1 stores of a task reach memory in program order, T2 a task reads 
 Leaves out:  the compiler, which may reorder what lkmm lets it; rcu_read_unlock() drains here
 Read next:   explore/memory_lkmm.py
 
-Each task has a companion that drains its buffer; the search chooses when, as it chooses for tasks. Putting a store into
+Each task has a companion that drains its buffer; the search chooses when, as it chooses for tasks. Putting a
+store into
 the buffer is nobody else's business, so it is no event; its way to memory is.
 """
 

@@ -40,9 +40,9 @@ class Oracles:
     def __init__(self, engine: Any, *, leaks: bool) -> None:
         self.e = engine
         self.leaks = leaks
-        self.order: dict[
-            tuple[Any, Any], str
-        ] = {}  # lock -> lock taken while it was held, over all executions
+        # lock -> locks taken while it was held, and their names, over all executions
+        self.order: dict[int, set[int]] = {}
+        self.lock_names: dict[int, str] = {}
 
     def name(self, obj: Any) -> str:
         """An object in words, the same in every execution."""
@@ -173,3 +173,30 @@ class Oracles:
 
     def acquired(self, me: Runner | None, lock: Any, mode: str) -> None:
         """`me` took a lock: note what it held."""
+        if me is None or not isinstance(lock, KernelObject):
+            return
+        new = lock._k_id
+        for held, how in me.task.held_locks:
+            if held is lock or not isinstance(held, KernelObject) or (mode == "read" == how):
+                continue
+            before = held._k_id
+            if before not in self.order:
+                self.order[before] = set()
+            if new not in self.order[before]:
+                self.order[before].add(new)
+                self.lock_names[before], self.lock_names[new] = self.name(held), self.name(lock)
+
+    def lock_cycles(self) -> list[list[str]]:
+        """Circles of locks that were each taken while the one before was held, in whatever executions."""
+        found: dict[frozenset[int], list[str]] = {}
+
+        def follow(path: list[int]) -> None:
+            for after in sorted(self.order.get(path[-1], ())):
+                if after == path[0] and len(path) > 1:
+                    found.setdefault(frozenset(path), [self.lock_names[lock] for lock in path])
+                elif after not in path and after > path[0]:
+                    follow([*path, after])
+
+        for lock in sorted(self.order):
+            follow([lock])
+        return list(found.values())

@@ -8,9 +8,10 @@ Read next:   explore/api.py
     @pytest.mark.explore(memory="sc", max_executions=10_000)   # defaults of this test's explore() calls
     def test_it(): assert explore(setup, a, b).passed
 
-    @pytest.mark.explore(split=4)    # four tests, each of which looks at a part: for pytest -n 4, on one host or several
+    @pytest.mark.explore(split=4)  # four tests, each looks at a part: for pytest -n 4, on one host or several
 
-A failing test shows the timeline of each exploration that did not pass, and the line that runs its execution again.
+A failing test shows the timeline of each exploration that did not pass, and the line that runs its execution
+again.
 """
 
 import hashlib
@@ -51,7 +52,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the mark, and read the trace that is to be replayed."""
-    config.addinivalue_line("markers", "explore(**defaults): runs the explorer; defaults for its explore() calls")
+    config.addinivalue_line(
+        "markers", "explore(**defaults): runs the explorer; defaults for its explore() calls"
+    )
     path = config.getoption("--explore-replay")
     if path is not None:
         try:
@@ -105,7 +108,7 @@ def _explore_part(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
-_FOUND = pytest.StashKey[list[Any]]()
+_FOUND = pytest.StashKey[Any]()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -117,7 +120,11 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         for n, result in enumerate(item.stash.get(_FOUND, [])):
             outcomes = sorted(repr(outcome) for outcome in result.outcomes)
             facts = [result.verdict.name, result.executions, result.blocked, outcomes]
-            name = f"{item.nodeid.rpartition('[')[0]} (exploration {n + 1})" if n else item.nodeid.rpartition("[")[0]
+            name = (
+                f"{item.nodeid.rpartition('[')[0]} (exploration {n + 1})"
+                if n
+                else item.nodeid.rpartition("[")[0]
+            )
             report.user_properties.append(("explore", [name, *facts]))
     if report.when == "call" and report.failed:
         for result in item.stash.get(_FOUND, []):
@@ -159,7 +166,10 @@ def _describe(item: pytest.Item, result: Any) -> str:
         if folder is not None:
             path = folder / f"{name}.json"
             result.save(path)
-            lines += ["", f"again: pytest {shlex.quote(item.nodeid)} --explore-replay {shlex.quote(str(path))}"]
+            lines += [
+                "",
+                f"again: pytest {shlex.quote(item.nodeid)} --explore-replay {shlex.quote(str(path))}",
+            ]
     return "\n".join(lines)
 
 

@@ -1,13 +1,16 @@
 """Grace periods as a specification: who waits for whom, and what each then knows.
 
-Models:      tools/memory-model/Documentation: rcu_read_lock, rcu_read_unlock, synchronize_rcu, the same for SRCU domains
+Models:      tools/memory-model/Documentation: rcu_read_lock, rcu_read_unlock, synchronize_rcu, the same for
+             SRCU domains
 Guards:      the engine's baton
-Invariants:  G1 a section that a grace period found open has ended when it ends, G2 a section either began after the start
+Invariants:  G1 a section that a grace period found open has ended when it ends, G2 a section either began
+             after the start
              of a grace period and sees what was before it, or ends before its end and is seen by it
 Leaves out:  when callbacks run together: each gets a task and a grace period of its own
 Read next:   rcu/srcu.py, the implementation that can be explored against this
 
-In order-sensitive memory a section that begins while a grace period runs may count as begun before or after its start; the
+In order-sensitive memory a section that begins while a grace period runs may count as begun before or after
+its start; the
 memory model offers both (a label of the event), here they are only recorded.
 """
 
@@ -68,7 +71,8 @@ class RcuSpecification:
     def domain(self, key: Any) -> Domain:
         """The record of a domain in this execution."""
         domains: dict[Any, Domain] = self.e.domains
-        # Not dict.get(): on free-threaded 3.13.5 it takes 20 us on a dict that another thread created (measured).
+        # Not dict.get(): on free-threaded 3.13.5 it takes 20 us on a dict that another thread
+        # created (measured).
         found = domains[key] if key in domains else None
         if found is None:
             if isinstance(key, KernelObject):
@@ -88,7 +92,7 @@ class RcuSpecification:
         dom = self.domain(domain)
         section = Section(me, dom)
         me.what = section
-        d = e.reader_event(me, RCU_LOCK, dom.loc, dom)
+        d: int = e.reader_event(me, RCU_LOCK, dom.loc, dom)
         dom.sections[section] = None
         me.sections[d] = section
         if e.recorder is not None:

@@ -340,7 +340,7 @@ def _short(name: str) -> str:
     if name.startswith(cwd):
         return name[len(cwd) :]
     for part in (f"{os.sep}kmodel{os.sep}", f"{os.sep}tests{os.sep}"):
-        head, sep, tail = name.rpartition(part)
+        _head, sep, tail = name.rpartition(part)
         if sep:
             return sep.strip(os.sep) + "/" + tail
     return os.path.basename(name)

@@ -37,8 +37,8 @@ def _load(reference: Any) -> Any:
     module, name, file = reference.get("module", ""), reference.get("function", ""), reference.get("file", "")
     if "<" in name:
         raise TraceError(
-            f"the scenario's function {name} lives inside another one: give replay() the setup and the threads, as explore() had "
-            "them, or let pytest run its test again with --explore-replay FILE"
+            f"the scenario's function {name} lives inside another one: give replay() the setup and the threads, "
+            "as explore() had them, or let pytest run its test again with --explore-replay FILE"
         )
     found: Any = sys.modules.get(module)
     if found is None or module == "__main__":
@@ -127,6 +127,10 @@ class Result:
         self.outcomes: set[Any] = engine.outcomes
         self.violation: Violation | None = engine.violation
         self.search_cut: int = search.cut
+        self.lock_cycles: list[list[str]] = engine.oracles.lock_cycles()
+        """Circles in the order in which locks were taken: a deadlock that no execution looked at may be
+        able to reach.
+        """
         self.nondeterminism: str | None = engine.nondeterminism
         self.hang: str | None = engine.hang
         self.reason = why
@@ -153,8 +157,8 @@ class Result:
             self.nondeterminism = shown.engine.nondeterminism
         elif self.violation is not None and shown.violation is None:
             self.nondeterminism = (
-                f"an execution that broke something ({self.violation}) did not when it was run again; the model depends on "
-                "something that no schedule determines"
+                f"an execution that broke something ({self.violation}) did not when it was run again; "
+                "the model depends on something that no schedule determines"
             )
         elif shown.violation is not None:
             self.violation = shown.violation

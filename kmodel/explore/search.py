@@ -2,17 +2,22 @@
 
 Models:      nothing in Linux
 Guards:      the engine's baton
-Invariants:  D1 executions that differ only in the order of independent events are looked at once (a few are begun twice
+Invariants:  D1 executions that differ only in the order of independent events are looked at once (a few are
+             begun twice
              and cut off as `blocked`), D2 every other one is looked at
 Leaves out:  wake-up trees (optimal DPOR): measured, few executions are blocked
 Read next:   explore/strategies.py for searches that do not exhaust, explore/memory_lkmm.py for labels
 
-The happens-before clock of an event is the set of events that must come before it in every equivalent execution, itself
-included. Two adjacent events of different tasks race if the later one could have come first with another result;
+The happens-before clock of an event is the set of events that must come before it in every equivalent
+execution, itself
+included. Two adjacent events of different tasks race if the later one could have come first with another
+result;
 then some task that leads there is tried in the earlier one's place.
 
-Where memory is weak an access has several possible results in one state, its labels. A task is tried with each of them.
-The sleep set holds, per task, what need not be tried again below a node: for each sleeping label whether it stores.
+Where memory is weak an access has several possible results in one state, its labels. A task is tried with
+each of them.
+The sleep set holds, per task, what need not be tried again below a node: for each sleeping label whether it
+stores.
 """
 
 from typing import Any
@@ -92,12 +97,12 @@ class Search:
         e = self.e
         enabled = e.enabled() if e.waiting else e.live
         if not enabled:
-            return self.ended()
+            self.ended()
+            return None
         d = e.depth
         stack = e.stack
         sleep: dict[int, Any] = {}
         candidates = enabled
-        labels = None
         asleep = 0
         if d and self.sleeping:
             parent = stack[d - 1]
@@ -111,7 +116,7 @@ class Search:
                     e.over = "blocked"
                     return None
         if me is not None and me.flusher is not None and candidates & me.flusher.bit:
-            chosen = me.flusher  # the most ordinary thing is that a store arrives at once
+            chosen: Runner = me.flusher  # the most ordinary thing is that a store arrives at once
         elif me is not None and candidates & me.bit:
             chosen = me
         else:
@@ -120,15 +125,16 @@ class Search:
         node.asleep = asleep
         if e.labelled:
             labels = self.awake(chosen, sleep)
-            node.label = chosen.label = labels[0]  # type: ignore[index]
-            if len(labels) > 1:  # type: ignore[arg-type]
-                node.labels = labels[1:]  # type: ignore[index]
+            assert labels is not None
+            node.label = chosen.label = labels[0]
+            if len(labels) > 1:
+                node.labels = labels[1:]
         if not self.reduce:
             node.todo = enabled
         elif self.bound is not None:
             node.preemptions = (stack[d - 1].preemptions if d else 0) + self.preempts(node, chosen.idx)
         stack.append(node)
-        return chosen  # type: ignore[no-any-return]
+        return chosen
 
     def awake(self, runner: Runner, sleep: dict[int, Any]) -> list[Any] | None:
         """The labels with which this task is still to be tried; None if it sleeps."""
@@ -141,7 +147,7 @@ class Search:
         return labels or None
 
     def arrive(self, node: Node, runner: Runner) -> bool:
-        """At a node of the prefix a task is tried for the first time: find its labels. False: none is left."""
+        """At a node of the prefix a task is tried for the first time: find its labels. False: none left."""
         labels = self.awake(runner, node.sleep) if self.sleeping else self.e.labels(runner)
         if not labels:
             return False
@@ -163,10 +169,13 @@ class Search:
     # -- races
 
     def race(self, earlier: int, clock: int, me: Runner) -> None:
-        """The access that `me` makes, after the events `clock`, could come before event `earlier`: have that tried.
+        """The access that `me` makes, after the events `clock`, could come before event `earlier`: have that
+        tried.
 
-        What leads there is every event since that does not depend on `earlier`, then the access. Any task that has the first
-        of them (one with nothing of them before it) will do, so nothing is added if one is to be tried already.
+        What leads there is every event since that does not depend on `earlier`, then the access. Any task
+        that has the first
+        of them (one with nothing of them before it) will do, so nothing is added if one is to be tried
+        already.
         """
         if not self.reduce:
             return

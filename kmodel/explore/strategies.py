@@ -5,9 +5,10 @@ Guards:      the engine's baton
 Invariants:  S1 equal seeds give equal schedules, S2 none of these ever says PASS
 Read next:   explore/search.py
 
-PCT (Burckhardt et al., 2010) runs the task of the highest random priority and lowers it at d-1 random steps: a bug that
-needs d ordered events is found with a chance of at least 1/(n k^(d-1)) per execution. The uniform walk (Zhao et al., 2025)
-weighs tasks by how much they still have to do, so that interleavings, not choices, are about equally likely.
+PCT (Burckhardt et al., 2010) runs the task of the highest random priority and lowers it at d-1 random steps:
+a bug that
+needs d ordered events is found with a chance of at least 1/(n k^(d-1)) per execution. The uniform walk
+(Zhao et al., 2025) weighs tasks by how much they still have to do, so that interleavings, not choices, are about equally likely.
 """
 
 import random
@@ -42,14 +43,14 @@ class Walk(Search):
             self.ended()
             return None
         runners = [r for r in e.runners if enabled >> r.idx & 1]
-        chosen = runners[0] if len(runners) == 1 else self.pick(runners)
+        chosen: Runner = runners[0] if len(runners) == 1 else self.pick(runners)
         node = Node(chosen.idx, enabled, {}, e.last_runner)
         if e.labelled:
             labels = e.labels(chosen)
             node.label = chosen.label = labels[0] if len(labels) == 1 else self.random.choice(labels)
         e.stack.append(node)
         self.made[chosen.idx] = self.made.get(chosen.idx, 0) + 1
-        return chosen  # type: ignore[no-any-return]
+        return chosen
 
     def pick(self, runners: list[Any]) -> Any:
         """Which of these goes on."""
@@ -128,7 +129,7 @@ class Fixed(Search):
             task, label = self.schedule[d]
             if not enabled >> task & 1:
                 e.diverge(f"step {d + 1}: task {task} of the schedule cannot go on")
-            chosen = e.runners[task]
+            chosen: Runner = e.runners[task]
         else:
             chosen = (
                 me
@@ -144,7 +145,7 @@ class Fixed(Search):
                 e.diverge(f"step {d + 1}: the access cannot have the result that the schedule says")
             node.label = chosen.label = label
         e.stack.append(node)
-        return chosen  # type: ignore[no-any-return]
+        return chosen
 
     def advance(self, reason: str | None) -> bool:
         return False
@@ -198,7 +199,7 @@ class Guided(Fixed):
             label = self.numbers.get(wanted, -1) if isinstance(wanted, tuple) else wanted
             node.label = chosen.label = label if label in labels else labels[0]
         e.stack.append(node)
-        return chosen  # type: ignore[no-any-return]
+        return chosen
 
 
 def preemptions_of(stack: list[Node]) -> int:

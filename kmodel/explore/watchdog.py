@@ -54,8 +54,8 @@ class Watchdog:
         who = runner.task.comm if runner is not None else "setup() or final()"
         stack = "" if frame is None else "".join(traceback.format_stack(frame)[-6:])
         e.hang = (
-            f"{who} made no access for {self.seconds:g} seconds: it loops, or waits for something outside the model. "
-            f"It is here:\n{stack}"
+            f"{who} made no access for {self.seconds:g} seconds: it loops, or waits for something outside "
+            f"the model. It is here:\n{stack}"
         )
         e.over = "hang"
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(Aborted))

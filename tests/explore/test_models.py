@@ -32,9 +32,7 @@ class Registers:
 
 
 def outcomes(memory: str, *threads: Any) -> set[Any]:
-    result = explore(
-        Registers, *threads, outcome=lambda s: tuple(s.r[k] for k in sorted(s.r)), memory=memory
-    )
+    result = explore(Registers, *threads, outcome=lambda s: tuple(s.r[k] for k in sorted(s.r)), memory=memory)
     assert result.passed, result
     return result.outcomes
 
@@ -154,7 +152,9 @@ def published(store: Any) -> Result:
 
 
 def test_address_dependency() -> None:
-    """A pointer that rcu_assign_pointer published orders the loads through it; one that WRITE_ONCE stored does not."""
+    """A pointer that rcu_assign_pointer published orders the loads through it; one that WRITE_ONCE stored
+    does not.
+    """
     assert published(rcu_assign_pointer).passed
     assert not published(WRITE_ONCE).passed
 

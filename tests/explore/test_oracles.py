@@ -246,6 +246,27 @@ def test_deadlock(memory: str) -> None:
     assert explore(lambda: [SpinLock(), SpinLock()], take(0, 1), take(0, 1), memory=memory).passed
 
 
+def test_lock_order_cycles() -> None:
+    """Two orders of two locks are listed even where a third lock keeps them from meeting."""
+
+    def take(first: int, second: int) -> Any:
+        def body(locks: Any) -> None:
+            for n in (0, first, second):
+                spin_lock(locks[n])
+            for n in (second, first, 0):
+                spin_unlock(locks[n])
+
+        return body
+
+    def setup() -> Any:
+        return [SpinLock(), SpinLock(), SpinLock()]
+
+    result = explore(setup, take(1, 2), take(2, 1))
+    assert result.passed
+    assert result.lock_cycles == [["SpinLock[1]", "SpinLock[2]"]]
+    assert explore(setup, take(1, 2), take(1, 2)).lock_cycles == []
+
+
 @MODELS
 @pytest.mark.parametrize("broken", [False, True])
 def test_lost_wakeup(memory: str, broken: bool) -> None:
@@ -357,8 +378,7 @@ def test_daemons_need_not_end(memory: str) -> None:
         def daemon() -> None:
             done = 0
             while True:
-                smp_cond_load_acquire(v, "work", lambda n: n > done)
-                done += 1
+                done += smp_cond_load_acquire(v, "work", lambda n, done=done: n > done) - done
                 WRITE_ONCE(v, "done", done)
 
         kthread_run(daemon)

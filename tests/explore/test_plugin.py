@@ -28,7 +28,9 @@ def test_it():
 
 def run(pytester: Any, *arguments: str, mark: str = "", condition: str = "result.passed") -> Any:
     pytester.makepyfile(TEST.format(mark=mark, condition=condition))
-    return pytester.runpytest_inprocess("-p", "kmodel.explore.pytest_plugin", "-p", "no:xdist", "-rP", *arguments)
+    return pytester.runpytest_inprocess(
+        "-p", "kmodel.explore.pytest_plugin", "-p", "no:xdist", "-rP", *arguments
+    )
 
 
 def test_failures_show_the_timeline_and_can_be_replayed(pytester: pytest.Pytester) -> None:

@@ -66,6 +66,8 @@ def programs(kinds: list[str], threads: int, events: int) -> st.SearchStrategy[P
 
 
 class State:
+    """One execution's variables, and what its tasks read."""
+
     def __init__(self) -> None:
         self.v = variables(x=0, y=0)
         self.lock = variables(locked=0)

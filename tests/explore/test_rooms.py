@@ -30,6 +30,8 @@ MODELS = pytest.mark.parametrize("memory", ["sc", "tso", "lkmm"])
 
 
 class State:
+    """A lock and what it protects."""
+
     def __init__(self, lock: Any) -> None:
         self.lock = lock
         self.v = variables(x=0, y=0, n=0)
@@ -114,7 +116,9 @@ def test_seqcount(memory: str) -> None:
 @pytest.mark.parametrize("memory", ["sc", "lkmm"])
 @pytest.mark.parametrize("rcu", ["specification", "implementation"])
 def test_srcu(memory: str, rcu: str) -> None:
-    """The SRCU implementation shows the outcomes of its specification: never the later store without the earlier."""
+    """The SRCU implementation shows the outcomes of its specification: never the later store without the
+    earlier.
+    """
 
     def read(s: State) -> None:
         idx = srcu_read_lock(s.lock)

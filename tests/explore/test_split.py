@@ -19,9 +19,7 @@ def bump(v: Any) -> None:
 def test_parts_sum_up(parts: int) -> None:
     """The parts' executions add up to those of the whole, and so do their outcomes."""
     found = [
-        explore(
-            lambda: variables(x=0), *[bump] * 4, outcome=lambda v: v.x, memory="sc", part=(part, parts)
-        )
+        explore(lambda: variables(x=0), *[bump] * 4, outcome=lambda v: v.x, memory="sc", part=(part, parts))
         for part in range(parts)
     ]
 

@@ -71,7 +71,7 @@ def test_errors_of_the_setup_are_the_callers() -> None:
 )
 def test_unknown_options_are_refused(options: dict[str, Any]) -> None:
     """A misspelt option is a ValueError that lists the known ones."""
-    with pytest.raises(ValueError, match="must be one of|only strategy"):
+    with pytest.raises(ValueError, match=r"must be one of|only strategy"):
         explore(lambda: variables(x=0), bump, **options)
 
 
