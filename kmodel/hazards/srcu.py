@@ -9,8 +9,8 @@ Read next:   rcu/srcu_gp.py, where A to E are explained
 Elsewhere the explorer runs grace periods by their specification. Here use_implementation makes it run the
 counters, the flip and the scans, and "use after free" is how a grace period that ended early shows.
 
-Barriers D and E, around the flip, have no scenario: without them readers may go on using the old index for longer,
-which costs the updater further scans. They bound how far the counters run, not who is waited for.
+Barriers D and E, around the flip, have no scenario: without them readers may go on using the old index for
+longer, which costs the updater further scans. They bound how far the counters run, not who is waited for.
 """
 
 from typing import Any
@@ -105,7 +105,7 @@ def scan(state: State) -> None:
 
 
 def updater(state: State) -> None:
-    """Replace it; free the old one when nobody can have it any more, and all that readers did to it is seen."""
+    """Replace it; free the old one when nobody has it any more, and what readers did to it is seen."""
     rcu_assign_pointer(state.shared, "foo", state.new)
     synchronize_srcu(state.ssp)
     assert READ_ONCE(state.old, "uses") == state.uses, "what a section did is not seen after the grace period"
@@ -169,7 +169,7 @@ _srcu(
 )
 _srcu(
     "srcu-mb-a",
-    "An unlock is counted whose lock is not, as far as the updater can see: it stands for one that is missing.",
+    "An unlock is counted whose lock is not, as far as the updater can see, and hides another reader.",
     (visitor, scan),
     "H69",
     setup=reader_inside,
