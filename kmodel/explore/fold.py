@@ -19,6 +19,7 @@ FOLD_ABOVE = 40
 
 _MEMORY = ("load", "store", "rmw")
 _QUIET = (*_MEMORY, "start", "fence", "alloc", "relax")
+_NESTING = (".rcu_read_lock_nesting", ".trc_reader_nesting")
 _NAMES = 3
 
 
@@ -27,17 +28,23 @@ def folded(trace: Trace, *, above: int = FOLD_ABOVE) -> dict[int, str]:
     place.
     """
     steps = trace["steps"]
-    if len(steps) <= above:
-        return {}
     kept = _kept(trace)
-    found: dict[int, str] = {}
+    found = dict.fromkeys(_nesting(trace) - kept, "")
+    if len(steps) <= above:
+        return found
     for (_task, dropped), group in groupby(steps, key=lambda s: (s["task"], s["n"] not in kept)):
-        row = list(group)
-        if not dropped or len(row) == 1:
+        row = [step for step in group if step["n"] not in found]
+        if not dropped or len(row) < 2:
             continue
         found |= dict.fromkeys((step["n"] for step in row), "")
         found[row[0]["n"]] = _instead(row)
     return found
+
+
+def _nesting(trace: Trace) -> set[int]:
+    """The steps in which a reader counts its own sections; that they begin and end is shown as such."""
+    counts = {entry["id"] for entry in trace["locations"] if entry["name"].endswith(_NESTING)}
+    return {step["n"] for step in trace["steps"] if step.get("location") in counts}
 
 
 def _kept(trace: Trace) -> set[int]:
