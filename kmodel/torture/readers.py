@@ -18,7 +18,7 @@ from kmodel.sync import REFCOUNT_SATURATED, refcount_read
 from kmodel.torture.oracle import name_of
 from kmodel.torture.source import parse_maps
 from kmodel.torture.tasks import Task
-from kmodel.torture.wary import wary
+from kmodel.torture.wary import Pauses, wary
 from kmodel.torture.watch import lock_sequence
 from kmodel.torture.world import Key, Member
 from kmodel.uprobes import PtRegs, exc_int3, find_uprobe_rcu, forced_signals, handle_swbp, put_uprobe, tree
@@ -26,10 +26,9 @@ from kmodel.uprobes.find_refcount import find_uprobe
 
 DESCENTS_PER_STEP = 16
 
-# How likely a pause is at each use of the number that a task hands in, and at the last one (torture/wary.py).
-PAUSES_IN_HIT = (0.005, 0.08)
-PAUSES_IN_DESCENT = (0.05, 0.0)
-PAUSES_BEFORE_GET = (0.01, 0.05)
+PAUSES_IN_HIT = Pauses(0.005, at_end=0.08)
+PAUSES_BEFORE_GET = Pauses(0.01, at_end=0.05)
+PAUSE_IN_DESCENT = 0.5
 
 
 class Hitter(Task):
@@ -67,7 +66,7 @@ class Hitter(Task):
         me.hit_was_fast = False
         me.hit_address = address
         me.hit_seq = lock_sequence(self.mm)
-        regs.ip = wary(address + 1, me, *PAUSES_IN_HIT)
+        regs.ip = wary(address + 1, me, PAUSES_IN_HIT)
         regs.sp = 0x7FFF_FFFF_E000
         regs.stack.clear()
         self.log.count("hit")
@@ -102,21 +101,29 @@ class Descender(Task):
     """Looks permanent probes up in the tree, without locks, while others rotate it."""
 
     name = "descend"
-    rest = 0.0003
+
+    def __init__(self, me: Member, rng: random.Random) -> None:
+        super().__init__(me, rng)
+        # Pauses are for the last steps of the way, at the nodes that rotate.
+        self.regions = [
+            (r.permanent, Pauses(PAUSE_IN_DESCENT, reach=(r.churned[-1].offset - r.churned[0].offset) // 4))
+            for r in me.world.regions
+        ]
+        self.everywhere = (me.world.permanent, Pauses(0.0))
 
     def step(self) -> None:
-        regions, focus = self.world.regions, self.world.focus
-        near = regions[focus.region].permanent if regions else []
         for n in range(DESCENTS_PER_STEP):
-            self.descend(self.rng.choice(near if near and n & 3 else self.world.permanent))
+            near = n & 3 and self.regions
+            keys, pauses = self.regions[self.world.focus.region] if near else self.everywhere
+            self.descend(self.rng.choice(keys), pauses)
 
-    def descend(self, key: Key) -> None:
+    def descend(self, key: Key, pauses: Pauses) -> None:
         """Look one up; it is there, so it must be found."""
         seqcount = tree.uprobes_seqcount
         rcu_read_lock_trace(self.me.task)
         before = seqcount.sequence
         began = time.monotonic_ns()
-        found = find_uprobe_rcu(key.inode, wary(key.offset, self.me, *PAUSES_IN_DESCENT))
+        found = find_uprobe_rcu(key.inode, wary(key.offset, self.me, pauses))
         took = time.monotonic_ns() - began
         after = seqcount.sequence
         rcu_read_unlock_trace(self.me.task)
@@ -165,7 +172,7 @@ class RefUser(Task):
         seen = find_uprobe_rcu(key.inode, key.offset)
         dying = seen is not None and refcount_read(seen, "ref") == 0
         rcu_read_unlock_trace(task)
-        uprobe = find_uprobe(key.inode, wary(key.offset, self.me, *PAUSES_BEFORE_GET))
+        uprobe = find_uprobe(key.inode, wary(key.offset, self.me, PAUSES_BEFORE_GET))
         log.count("ref_get")
         if uprobe is None:
             if dying:

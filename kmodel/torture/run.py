@@ -43,6 +43,7 @@ from kmodel.torture.tasks import pause_in_handler
 from kmodel.torture.world import Config, Member, World
 
 SWITCH_INTERVAL = 1e-4
+WARNING_SECONDS = 0.5
 STALL_SECONDS = 20.0
 STOP_SECONDS = 20.0
 TURNS = (0.0002, 0.0002, 0.0002, 0.0002, 0.0002, 0.0002, 0.0002, 0.002)
@@ -87,6 +88,8 @@ class Torture:
         self._began = 0.0
         self._ended = 0.0
         self._stage = "starting"
+        self._warned_at = 0.0
+        self._over = False
         self._ledger: dict[str, int] = {}
         self._facts: list[str] = []
 
@@ -207,14 +210,17 @@ class Torture:
     def _look_for_warnings(self) -> None:
         if self._oracle.violations:
             return
-        for warning in kernel_warnings():
-            times = f" ({warning.count} times)" if warning.count > 1 else ""
-            self._oracle.report(
-                None, "no kernel warning", f"WARNING: {warning.message} at {warning.where}{times}"
-            )
-        errors = getattr(engine(), "worker_errors", [])
-        for error in errors:
+        for error in getattr(engine(), "worker_errors", []):
             self._oracle.crashed(None, "no error in a kernel worker", error)
+        warnings = kernel_warnings()
+        if warnings and not self._warned_at:
+            self._warned_at = time.monotonic()
+        # The task it happened in will know more: give it a moment to say so.
+        if self._over or time.monotonic() - self._warned_at > WARNING_SECONDS:
+            for warning in warnings:
+                times = f" ({warning.count} times)" if warning.count > 1 else ""
+                what = f"WARNING: {warning.message} at {warning.where}{times}"
+                self._oracle.report(None, "no kernel warning", what)
 
     def stacks(self) -> list[str]:
         """What every task of the machine holds, and where every thread is."""
@@ -234,6 +240,7 @@ class Torture:
     def finish(self, *, interrupted: bool) -> Report:
         """Stop the tasks, check that the books balance, and report."""
         self._ended = time.monotonic()
+        self._over = True
         self._stage = "stopping"
         stopped = self._stop()
         counts = self._oracle.totals()

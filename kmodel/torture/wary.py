@@ -17,67 +17,79 @@ There the task goes to sleep now and then, as a preempted one would; readers of 
 
 import time
 
+import attrs
+
 from kmodel.torture.world import Member
 
 LONGEST_SECONDS = 0.0008
 
 
+@attrs.frozen
+class Pauses:
+    """How likely a pause is at each use (with numbers within `reach` only), and where the uprobe is found."""
+
+    chance: float
+    at_end: float = 0.0
+    reach: int | None = None
+
+
 class Wary(int):
-    """An int of one task, which pauses with probability `chance` at each use, `at_end` where the uprobe is
-    found.
-    """
+    """An int of one task, which pauses now and then when it is used."""
 
     me: Member
-    chance: float
-    at_end: float
+    pauses: Pauses
 
     def __sub__(self, other: int) -> "Wary":
         if other != 1:  # not where the length of the breakpoint is subtracted
-            pause(self.me, self.chance)
-        return wary(int(self).__sub__(other), self.me, self.chance, self.at_end)
+            self.perhaps(other)
+        return wary(int(self).__sub__(other), self.me, self.pauses)
 
     def __radd__(self, other: int) -> "Wary":
-        return wary(int(self).__add__(other), self.me, self.chance, self.at_end)
+        return wary(int(self).__add__(other), self.me, self.pauses)
 
     def __eq__(self, other: object) -> bool:
         equal = int(self) == other
-        if equal:
-            pause(self.me, self.at_end)
+        if equal and self.me.rng.random() < self.pauses.at_end:
+            pause(self.me)
         return equal
 
     def __ne__(self, other: object) -> bool:
         return int(self) != other
 
     def __lt__(self, other: int) -> bool:
-        pause(self.me, self.chance)
+        self.perhaps(other)
         return int(self) < other
 
     def __le__(self, other: int) -> bool:
-        pause(self.me, self.chance)
+        self.perhaps(other)
         return int(self) <= other
 
     def __gt__(self, other: int) -> bool:
-        pause(self.me, self.chance)
+        self.perhaps(other)
         return int(self) > other
 
     def __ge__(self, other: int) -> bool:
-        pause(self.me, self.chance)
+        self.perhaps(other)
         return int(self) >= other
 
     __hash__ = int.__hash__
 
+    def perhaps(self, other: int) -> None:
+        """Pause with the chance of a use together with that number."""
+        pauses = self.pauses
+        if self.me.rng.random() < pauses.chance:
+            if pauses.reach is None or abs(int(self) - int(other)) <= pauses.reach:
+                pause(self.me)
 
-def wary(value: int, me: Member, chance: float, at_end: float) -> Wary:
+
+def wary(value: int, me: Member, pauses: Pauses) -> Wary:
     """The number as one of the task's."""
     made = Wary(value)
     made.me = me
-    made.chance = chance
-    made.at_end = at_end
+    made.pauses = pauses
     return made
 
 
-def pause(me: Member, chance: float) -> None:
-    """Perhaps sleep a little."""
-    rng = me.rng
-    if rng.random() < chance:
-        time.sleep(rng.random() * LONGEST_SECONDS)
+def pause(me: Member) -> None:
+    """Sleep a little."""
+    time.sleep(me.rng.random() * LONGEST_SECONDS)
