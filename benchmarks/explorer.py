@@ -6,9 +6,8 @@ measured.
     python -m benchmarks.explorer --json FILE  the figures as JSON too
 
 Rates are executions per second of processor time, so that a busy machine does not spoil them; wall time
-stands beside. The other
-tools' figures are constants: frontrun 0.7.0 and interleave-test 0.1, on CPython 3.13.0 and the same class of
-machine.
+stands beside. The other tools' figures are constants: frontrun 0.7.0 and interleave-test 0.1, on CPython
+3.13.0 and the same class of machine.
 """
 
 import argparse

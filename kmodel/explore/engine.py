@@ -3,16 +3,13 @@
 Models:      a machine whose scheduler may preempt before every access of shared memory
 Guards:      the baton: exactly one OS thread of an exploration is not parked
 Invariants:  E1 the same schedule gives the same execution, E2 an execution ends: done, blocked, broken or
-             cut,
-             E3 tasks of a finished execution have unwound before the next begins
+             cut, E3 tasks of a finished execution have unwound before the next begins
 Leaves out:  time (a timer may fire at any moment after it was armed), migration between CPUs
 Read next:   explore/search.py for who runs next, explore/memory_sc.py for what an access does
 
 The scheduler has no thread of its own: whoever is about to make an access asks the search, and hands the
-baton
-over only if somebody else is to run. A thread whose task has ended starts the next task, or the next
-execution,
-itself; so a hand-over is paid for a preemption only.
+baton over only if somebody else is to run. A thread whose task has ended starts the next task, or the next
+execution, itself; so a hand-over is paid for a preemption only.
 """
 
 import sys
@@ -22,7 +19,7 @@ from typing import Any, NoReturn, cast
 from kmodel.core import access, baton
 from kmodel.core.baton import Baton, borrow
 from kmodel.core.engine import Tracer, engine, installed, tracing
-from kmodel.core.report import clear_warnings, kernel_warnings
+from kmodel.core.report import clear_warnings, kernel_warnings, log
 from kmodel.core.struct import KernelObject, raw_get
 from kmodel.core.task import TASK_RUNNING, TaskStruct, bind_thread, unbind_thread
 from kmodel.explore.events import (
@@ -139,12 +136,21 @@ class ExploreEngine(Tracer):
             access._tracer = self
             try:
                 first = borrow(self._loop)
+                if self.recorder is None:
+                    log.addFilter(_silently)
                 first.wake()
                 while not self.done.acquire(timeout=0.25):
                     if watch is not None and not watch(self):
                         return
+            except BaseException:
+                # Ctrl-C, most likely: let the execution end before memory is handed back.
+                self.stop = lambda: True
+                self.max_steps = 0
+                self.done.acquire(timeout=5)
+                raise
             finally:
                 access._tracer = None
+                log.removeFilter(_silently)
                 self.close()
         if self.error is not None:
             raise self.error
@@ -307,7 +313,7 @@ class ExploreEngine(Tracer):
         return False
 
     def _judge(self) -> bool:
-        """The execution went to its end: final(), outcome() and the oracles of the end. False: stuck there."""
+        """The execution went to its end: final(), outcome() and the oracles of the end. False: stuck."""
         bind_thread(self.boot_task)
         try:
             if self.final is not None:
@@ -681,6 +687,11 @@ class ExploreEngine(Tracer):
 
     def lock_released(self, task: TaskStruct, lock: Any) -> None:
         pass
+
+
+def _silently(_record: Any) -> bool:
+    """A search logs nothing: only the execution that is shown does."""
+    return False
 
 
 def exploring() -> ExploreEngine | None:

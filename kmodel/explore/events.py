@@ -6,8 +6,7 @@ Invariants:  V1 a location's key names the same field in every execution
 Read next:   explore/engine.py
 
 Sets of events are integers: bit n stands for event n of the execution. Happens-before clocks, views and the
-bookkeeping of
-the race oracle are all such sets, so that a join is one `|`.
+bookkeeping of the race oracle are all such sets, so that a join is one `|`.
 """
 
 from collections.abc import Callable

@@ -4,26 +4,24 @@ Models:      tools/memory-model (linux-kernel.cat) plus acyclic(po | rf), in the
              docs/explorer.md
 Guards:      the engine's baton
 Invariants:  M1 a load returns a store at or after what its task must see, M2 a store lands behind what its
-             task must be
-             behind, M3 nothing lands between a read-modify-write and the store it read
+             task must be behind, M3 nothing lands between a read-modify-write and the store it read
 Leaves out:  load buffering; control and data dependencies order nothing here that program order does not
 Read next:   explore/search.py for what labels are, tests/explore/test_litmus.py for the evidence
 
 Tasks execute in program order; all weakness is in which store a load returns and where a store lands in
-coherence order.
-A view says from which stores on somebody must read; it is a set of events, and a join is a union. Per task:
+coherence order. A view says from which stores on somebody must read; it is a set of events, and a join is a
+union. Per task:
 
     R  a load may not return anything earlier          W  a store may not land before any of these
     F  what every later store carries (fences)         O  own stores and what they carry
     K  all that is known: own events, every store read, and what those carried
 
 The events of loads are members of views too: nobody reads from them, but a store that is ordered behind a
-load has it in W,
-and that is what the race oracle asks.
+load has it in W, and that is what the race oracle asks.
 
 What is independent for the search: two stores (each may land on either side of the other, whichever comes
-first), a load and
-a store that it does not read. Only a load that comes before a store it could read is tried again after it.
+first), a load and a store that it does not read. Only a load that comes before a store it could read is
+tried again after it.
 """
 
 from collections.abc import Callable
@@ -179,7 +177,7 @@ class LkmmEngine(ScEngine):
         return [hist[i].event for i in range(len(hist) - 1, low - 1, -1) if not hist[i].glued]
 
     def _rmw_floors(self, me: Runner, loc: Loc) -> tuple[int, int, int]:
-        """From where on a read-modify-write may fail (only read), could succeed but for fences, may succeed."""
+        """From where on a read-modify-write may fail, could succeed but for fences, and may succeed."""
         pointer = _through(me, loc)
         hist = loc.hist
         low = _floor(hist, me.R | pointer)
@@ -253,8 +251,7 @@ class LkmmEngine(ScEngine):
             self.recorder.load(me, loc, kind, order, store.value)
         return store.value
 
-    @staticmethod
-    def _saw(me: Runner, store: Store, bit: int, order: str) -> None:
+    def _saw(self, me: Runner, store: Store, bit: int, order: str) -> None:
         """What the task knows after reading a store."""
         view = store.view
         me.K |= view | bit
@@ -267,7 +264,7 @@ class LkmmEngine(ScEngine):
             if view and isinstance(store.value, KernelObject):
                 # Address dependency: what is read through the pointer is at least what its
                 # publisher had ordered before.
-                kid = store.value._k_id
+                kid = self.root_of(store.value)
                 me.pointers[kid] = me.pointers[kid] | view if kid in me.pointers else view
 
     # -- stores

@@ -2,14 +2,14 @@
 
 Models:      nothing in Linux: the machine everybody first thinks of
 Guards:      the engine's baton
-Invariants:  M1 values live in the objects' own slots, M2 two accesses of one location are independent if both
-             only load
+Invariants:  M1 values live in the objects' own slots, M2 two accesses of one location are independent if
+             both only load
 Leaves out:  all reordering; see memory_tso.py and memory_lkmm.py
 Read next:   explore/memory_tso.py
 
 An event is dependent by its effect: a cmpxchg that fails is a load. A marked access synchronises with every
-earlier marked
-store of its location, and so do locks; plain accesses do not, which is what the race oracle goes by.
+earlier marked store of its location, and so do locks; plain accesses do not, which is what the race oracle
+goes by.
 """
 
 from collections.abc import Callable

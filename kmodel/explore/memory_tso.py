@@ -2,14 +2,13 @@
 
 Models:      x86-64's memory, as the kernel runs on it
 Guards:      the engine's baton
-Invariants:  T1 stores of a task reach memory in program order, T2 a task reads its own buffer first,
-             T3 whatever is atomic or a full barrier waits for the buffer to drain
+Invariants:  T1 stores of a task reach memory in program order, T2 a task reads its own buffer first, T3
+             whatever is atomic or a full barrier waits for the buffer to drain
 Leaves out:  the compiler, which may reorder what lkmm lets it; rcu_read_unlock() drains here
 Read next:   explore/memory_lkmm.py
 
-Each task has a companion that drains its buffer; the search chooses when, as it chooses for tasks. Putting a
-store into
-the buffer is nobody else's business, so it is no event; its way to memory is.
+Each task has a companion that drains its buffer; the search chooses when, as it chooses for tasks. Putting
+a store into the buffer is nobody else's business, so it is no event; its way to memory is.
 """
 
 from collections.abc import Callable

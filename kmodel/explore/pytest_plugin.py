@@ -10,8 +10,8 @@ Read next:   explore/api.py
 
     @pytest.mark.explore(split=4)  # four tests, each looks at a part: for pytest -n 4, on one host or several
 
-A failing test shows the timeline of each exploration that did not pass, and the line that runs its execution
-again.
+A failing test shows the timeline of each exploration that did not pass, and the line that runs its
+execution again.
 """
 
 import hashlib

@@ -4,14 +4,13 @@ Models:      tools/memory-model/Documentation: rcu_read_lock, rcu_read_unlock, s
              SRCU domains
 Guards:      the engine's baton
 Invariants:  G1 a section that a grace period found open has ended when it ends, G2 a section either began
-             after the start
-             of a grace period and sees what was before it, or ends before its end and is seen by it
+             after the start of a grace period and sees what was before it, or ends before its end and is
+             seen by it
 Leaves out:  when callbacks run together: each gets a task and a grace period of its own
 Read next:   rcu/srcu.py, the implementation that can be explored against this
 
 In order-sensitive memory a section that begins while a grace period runs may count as begun before or after
-its start; the
-memory model offers both (a label of the event), here they are only recorded.
+its start; the memory model offers both (a label of the event), here they are only recorded.
 """
 
 from collections.abc import Callable

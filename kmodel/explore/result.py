@@ -37,8 +37,8 @@ def _load(reference: Any) -> Any:
     module, name, file = reference.get("module", ""), reference.get("function", ""), reference.get("file", "")
     if "<" in name:
         raise TraceError(
-            f"the scenario's function {name} lives inside another one: give replay() the setup and the threads, "
-            "as explore() had them, or let pytest run its test again with --explore-replay FILE"
+            f"the scenario's function {name} lives inside another one: give replay() the setup and "
+            "the threads, as explore() had them, or let pytest run its test again with --explore-replay FILE"
         )
     found: Any = sys.modules.get(module)
     if found is None or module == "__main__":

@@ -3,21 +3,17 @@
 Models:      nothing in Linux
 Guards:      the engine's baton
 Invariants:  D1 executions that differ only in the order of independent events are looked at once (a few are
-             begun twice
-             and cut off as `blocked`), D2 every other one is looked at
+             begun twice and cut off as `blocked`), D2 every other one is looked at
 Leaves out:  wake-up trees (optimal DPOR): measured, few executions are blocked
 Read next:   explore/strategies.py for searches that do not exhaust, explore/memory_lkmm.py for labels
 
 The happens-before clock of an event is the set of events that must come before it in every equivalent
-execution, itself
-included. Two adjacent events of different tasks race if the later one could have come first with another
-result;
-then some task that leads there is tried in the earlier one's place.
+execution, itself included. Two adjacent events of different tasks race if the later one could have come
+first with another result; then some task that leads there is tried in the earlier one's place.
 
 Where memory is weak an access has several possible results in one state, its labels. A task is tried with
-each of them.
-The sleep set holds, per task, what need not be tried again below a node: for each sleeping label whether it
-stores.
+each of them. The sleep set holds, per task, what need not be tried again below a node: for each sleeping
+label whether it stores.
 """
 
 from typing import Any

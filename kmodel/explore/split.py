@@ -5,11 +5,10 @@ Guards:      none; parts share nothing
 Invariants:  U1 the parts of a search together look at what it looks at, each execution in one part only
 Read next:   explore/pytest_plugin.py, which gives parts to pytest-xdist's workers
 
-Every part walks the same top of the tree, in which all tasks are tried at every step (what a race deeper down
-would ask
-for is tried already, so no part needs to hear of another's races). Where the top ends a job begins; the parts
-take turns.
-Sleep sets reach across jobs: a job knows which of its executions an earlier one looks at, whoever runs that.
+Every part walks the same top of the tree, in which all tasks are tried at every step (what a race deeper
+down would ask for is tried already, so no part needs to hear of another's races). Where the top ends a job
+begins; the parts take turns. Sleep sets reach across jobs: a job knows which of its executions an earlier
+one looks at, whoever runs that.
 """
 
 from collections.abc import Iterable

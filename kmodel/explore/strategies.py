@@ -5,10 +5,10 @@ Guards:      the engine's baton
 Invariants:  S1 equal seeds give equal schedules, S2 none of these ever says PASS
 Read next:   explore/search.py
 
-PCT (Burckhardt et al., 2010) runs the task of the highest random priority and lowers it at d-1 random steps:
-a bug that
-needs d ordered events is found with a chance of at least 1/(n k^(d-1)) per execution. The uniform walk
-(Zhao et al., 2025) weighs tasks by how much they still have to do, so that interleavings, not choices, are about equally likely.
+PCT (Burckhardt et al., 2010) runs the task of the highest random priority and lowers it at d-1 random
+steps: a bug that needs d ordered events is found with a chance of at least 1/(n k^(d-1)) per execution. The
+uniform walk (Zhao et al., 2025) weighs tasks by how much they still have to do, so that interleavings, not
+choices, are about equally likely.
 """
 
 import random
