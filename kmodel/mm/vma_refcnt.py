@@ -145,7 +145,7 @@ def _put_foreign(vma: "VmAreaStruct") -> None:
     # Our count keeps the VMA attached, and so its mm; once it is given up the mm may go, but putting the
     # count may have to wake that mm's writer. So the mm is pinned, and that cannot end inside RCU.
     other_mm = vma.vm_mm
-    assert other_mm is not None
+    assert other_mm is not None, "mmgrab(NULL): the VMA that a reader holds has no mm"
     rcu_read_unlock()
     if _removed(_MM_GRAB):
         vma_refcount_put(vma)
