@@ -14,6 +14,8 @@ from kmodel.core import access
 from kmodel.core.struct import KernelObject
 from kmodel.core.task import TaskStruct
 
+_BYTES = 4  # so many of a string of bytes are shown
+
 
 class Names:
     """Names of one exploration's objects."""
@@ -92,6 +94,8 @@ class Names:
             return repr(value)
         if isinstance(value, int):
             return hex(value) if value > 4096 or value < -4096 else str(value)
+        if isinstance(value, bytes) and len(value) > _BYTES:
+            return f"{value[:_BYTES]!r}... of {len(value)}"
         if isinstance(value, tuple):
             return "(" + ", ".join(self.value(v) for v in value) + ")"
         if callable(value) or type(value).__module__ not in (
