@@ -3,7 +3,7 @@
 Models:      nothing in Linux
 Guards:      `_idle` is a list used as a stack; append and pop are atomic
 Invariants:  B1 a thread of the pool that runs no job waits for one, B2 nothing here blocks but `wait`
-Read next:   explore/engine.py, its user
+Read next:   explore/scheduler.py, its user
 
 Threads are kept and used again, by later runs too (a new one costs 140 us). They wait on an eventfd: measured
 for a round trip of the baton, 6 us of processor time on either build, where a raw lock takes 13, and 95 on

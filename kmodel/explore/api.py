@@ -4,7 +4,7 @@ Models:      nothing in Linux
 Guards:      one exploration at a time per process
 Invariants:  R1 a search that a bound stopped never says PASS, R2 a violation that is reported was seen
              twice: by the search and by the run that is shown
-Read next:   explore/search.py, explore/engine.py
+Read next:   explore/search.py, explore/scheduler.py
 """
 
 import os

@@ -3,7 +3,7 @@
 Models:      nothing in Linux
 Guards:      one task of a run executes at a time, so nothing here needs a lock
 Invariants:  V1 a location's key names the same field in every execution
-Read next:   explore/engine.py
+Read next:   explore/scheduler.py
 
 Sets of events are integers: bit n stands for event n of the execution. Happens-before clocks, views and the
 bookkeeping of the race oracle are all such sets, so that a join is one `|`.

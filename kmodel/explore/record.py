@@ -65,7 +65,7 @@ class Recorder:
         while frame is not None and len(found) < _STACK:
             code = frame.f_code
             name = code.co_filename
-            if code.co_name == "_execute" and name.endswith("engine.py"):
+            if code.co_name == "_execute" and name.endswith("execution.py"):
                 break
             if name.endswith(_OPERATIONS):
                 if code.co_name not in ("rmw", "_cmpxchg", "_store") or not operation:
