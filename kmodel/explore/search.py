@@ -127,7 +127,7 @@ class Search:
                 node.labels = labels[1:]
         if not self.reduce:
             node.todo = enabled
-        elif self.bound is not None:
+        if self.bound is not None:
             node.preemptions = (stack[d - 1].preemptions if d else 0) + self.preempts(node, chosen.idx)
         stack.append(node)
         return chosen
