@@ -71,6 +71,8 @@ class Execution(Scheduler):
         """Give the threads back to the pool, and what was built before the exploration its values."""
         self.closed = True
         self._restore()
+        for obj, _kid, _values in self.externals.values():
+            obj._k_id = None  # ptr() of it is its address again
         while self.idle:
             self.idle.pop().wake()
 
@@ -86,14 +88,14 @@ class Execution(Scheduler):
                     self._execute(runner)
                     if runner.unwinding:
                         self.idle.append(mine)
-                        self.say_unwound()
+                        self.ender.wake()
                         mine.wait()
                         if self.closed:
                             return
                         continue
                     chosen = self._go_on(mine)
             except Aborted:  # while no task ran: the model diverged
-                self._end()
+                self._end(mine)
                 chosen = None
             except BaseException as error:  # noqa: BLE001  # not the model's fault: to the caller
                 self.error = error
@@ -154,7 +156,7 @@ class Execution(Scheduler):
             else:
                 chosen = None
             if chosen is None:
-                if not self._end():
+                if not self._end(mine):
                     return None
                 return self._begin(mine)
             if not chosen.started:
@@ -169,15 +171,16 @@ class Execution(Scheduler):
             chosen.baton.wake()
             return PARK
 
-    def _end(self) -> bool:
+    def _end(self, mine: Baton) -> bool:
         """Unwind what is left, judge the execution, go to the next: whether there is one."""
         self.cur = None
+        self.ender = mine
         reason = self.over
         for runner in self.runners:
             if runner.started and not runner.finished and runner.owner is None:
                 runner.unwinding = True
                 runner.baton.wake()
-                self.await_unwound()
+                mine.wait()
         if self.nondeterminism is not None or self.hang is not None:
             return False
         partial = reason in ("blocked", "skipped")

@@ -75,7 +75,7 @@ class Scheduler(Tracer):
         # the threads
         self.idle: list[Baton] = []
         self.done = baton.gate()
-        self.await_unwound, self.say_unwound = baton.parking()
+        self.ender: Any = None  # the thread that waits for the others to unwind
         self.closed = False
         self.abandoned = False
         self.first: tuple[str | None, int, Any] | None = None

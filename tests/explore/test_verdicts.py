@@ -149,6 +149,7 @@ def test_objects_from_outside() -> None:
         result = explore(lambda: None, add, add, outcome=lambda _s: GLOBAL.n, memory=memory)
         assert result.passed
         assert result.outcomes == {1, 2}
+        assert (GLOBAL.n, GLOBAL._k_id) == (0, None)
 
 
 def test_explorations_do_not_nest() -> None:
