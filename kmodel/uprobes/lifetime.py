@@ -47,6 +47,11 @@ guards.register(
 )
 guards.register("no-srcu-wait", "H08: the uprobe is freed while a return instance still leases it")
 guards.register("no-tasks-trace-wait", "H08: the uprobe is freed while a task in handle_swbp still uses it")
+guards.register(
+    "srcu-wait-first",
+    "what Linux 7.2 does, rather than a guard: a lease that a task takes after the SRCU wait, and before it "
+    "leaves RCU tasks trace, is not waited for. Without it the two waits change places",
+)
 guards.register("no-active-test", "H07: a node that __insert_uprobe took out of the tree is taken out again")
 
 
@@ -122,6 +127,9 @@ def uprobe_free_deferred(work: WorkStruct) -> None:
     if "no-srcu-wait" in guards.removed:
         uprobe_free_srcu(uprobe)
         return
+    if "srcu-wait-first" in guards.removed:
+        call_rcu_tasks_trace(uprobe, uprobe_free_then_srcu)
+        return
     call_srcu(uretprobes_srcu, uprobe, uprobe_free_srcu)
 
 
@@ -131,6 +139,11 @@ def uprobe_free_srcu(uprobe: Uprobe) -> None:
         uprobe_free_rcu_tasks_trace(uprobe)
         return
     call_rcu_tasks_trace(uprobe, uprobe_free_rcu_tasks_trace)
+
+
+def uprobe_free_then_srcu(uprobe: Uprobe) -> None:
+    """Not in Linux: the other order. Nobody can take a lease any more; wait for those that were taken."""
+    call_srcu(uretprobes_srcu, uprobe, uprobe_free_rcu_tasks_trace)
 
 
 def uprobe_free_rcu_tasks_trace(uprobe: Uprobe) -> None:
