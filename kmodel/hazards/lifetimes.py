@@ -16,6 +16,7 @@ warning is about is the memory.
 from typing import Any
 
 from kmodel.core import boot
+from kmodel.explore import Verdict
 from kmodel.fs import Inode, iget_path
 from kmodel.hazards.catalogue import Scenario, register
 from kmodel.rcu import (
@@ -43,6 +44,7 @@ class State:
         uprobe = alloc_uprobe(inode, OFFSET, 0)
         assert isinstance(uprobe, Uprobe)
         self.uprobe = uprobe
+        self.idx = -1
 
 
 def unregister(state: State) -> None:
@@ -139,23 +141,34 @@ def hit_then_return(state: State) -> None:
     """A return probe: the uprobe is leased, under SRCU, from the function's entry to its return."""
     rcu_read_lock_trace()
     uprobe = find_uprobe_rcu(state.inode, OFFSET)
-    idx = -1
     if uprobe is not None:
-        idx = __srcu_read_lock(lifetime.uretprobes_srcu)
+        state.idx = __srcu_read_lock(lifetime.uretprobes_srcu)
     rcu_read_unlock_trace()
     if uprobe is not None:
-        use(uprobe)
-        __srcu_read_unlock(lifetime.uretprobes_srcu, idx)
+        return_from_function(state)
 
 
-def _chain(name: str, guard: str, reader: Any, summary: str) -> None:
+def return_from_function(state: State) -> None:
+    """The end of it: the return handlers run, the lease is over."""
+    use(state.uprobe)
+    __srcu_read_unlock(lifetime.uretprobes_srcu, state.idx)
+
+
+def unregister_inside_function(state: State) -> None:
+    """A task is in a probed function when the last put comes (its own, to have them in this order)."""
+    state.idx = __srcu_read_lock(lifetime.uretprobes_srcu)
+    put_uprobe(state.uprobe)
+    return_from_function(state)
+
+
+def _chain(name: str, guard: str, threads: Any, summary: str) -> None:
     register(
         Scenario(
             name=name,
             hazards="H08",
             summary=summary,
             setup=State,
-            threads=(unregister, reader),
+            threads=threads,
             without=guard,
             breaks="use-after-free",
         )
@@ -165,20 +178,37 @@ def _chain(name: str, guard: str, reader: Any, summary: str) -> None:
 _chain(
     "uprobe-free-at-once",
     "free-without-grace-period",
-    hit,
+    (unregister, hit),
     "The last put frees the uprobe, and a task in its handler goes on using it.",
 )
 _chain(
     "uprobe-free-no-tasks-trace",
     "no-tasks-trace-wait",
-    hit,
+    (unregister, hit),
     "The chain ends before call_rcu_tasks_trace(): handlers are not waited for.",
 )
 _chain(
     "uprobe-free-no-srcu",
     "no-srcu-wait",
-    hit_then_return,
+    (unregister_inside_function,),
     "The chain leaves call_srcu() out: functions that have not returned are not waited for.",
+)
+
+# As it is in 7.2 this breaks: while a task is between its lookup and its lease, the wait for leases may be
+# over already, and the wait for lookups does not cover the lease. With the waits the other way round it
+# holds, which is also the order of uprobe_unregister_sync().
+register(
+    Scenario(
+        name="uprobe-lease-too-late",
+        hazards="H08",
+        summary="A task looks the uprobe up, the chain's SRCU wait ends, and then the task takes its lease.",
+        setup=State,
+        threads=(unregister, hit_then_return),
+        without="srcu-wait-first",
+        memory="sc",
+        expected=Verdict.FAIL,
+        expected_broken=Verdict.PASS,
+    )
 )
 
 

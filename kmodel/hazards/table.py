@@ -18,7 +18,8 @@ from kmodel.explore import Result, Verdict
 from kmodel.hazards.catalogue import Scenario, find_scenario, scenarios
 
 HEAD = (
-    "| hazard | scenario | without | memory | with the guard | executions | s | without it | executions | s |\n"
+    "| hazard | scenario | without | memory | with the guard | executions | s "
+    "| without it | executions | s |\n"
     "|---|---|---|---|---|---:|---:|---|---:|---:|"
 )
 
