@@ -167,12 +167,14 @@ def _reads(pid: int, size: int) -> list[bytes]:
 # ------------------------------------------------------------------------------------------------ comparing
 
 
-def check(pid: int) -> Checked:
-    """Compare one process; NotReadable if it cannot be."""
+def check(
+    pid: int, *, queries: bool = True, name_size: int = NAME_SIZE, build_id_size: int = BUILD_ID_SIZE
+) -> Checked:
+    """Compare one process; NotReadable if it cannot be. The sizes are of the buffers for queries."""
     checked = Checked(pid)
     for _attempt in range(ATTEMPTS):
         before = b"".join(_reads(pid, 1 << 16))
-        checked = _check_once(pid, before)
+        checked = _check_once(pid, before, (name_size, build_id_size) if queries else None)
         # What differs because the process changed is no difference.
         if not checked.differences or b"".join(_reads(pid, 1 << 16)) == before:
             return checked
@@ -181,7 +183,7 @@ def check(pid: int) -> Checked:
     return checked
 
 
-def _check_once(pid: int, text: bytes) -> Checked:
+def _check_once(pid: int, text: bytes, sizes: tuple[int, int] | None) -> Checked:
     checked = Checked(pid, mappings=text.count(b"\n"))
     kernel = {size: _reads(pid, size) for size in READ_SIZES}
     mm = _load(text)
@@ -195,11 +197,12 @@ def _check_once(pid: int, text: bytes) -> Checked:
             if model_reads != reads:
                 lengths = [len(data) for data in model_reads], [len(data) for data in reads]
                 checked.differences.append(f"reads of {size}: {lengths[0]}, the kernel's {lengths[1]}")
-        fd = _open(pid)
-        try:
-            _check_queries(checked, mm, fd, text)
-        finally:
-            os.close(fd)
+        if sizes is not None:
+            fd = _open(pid)
+            try:
+                _check_queries(checked, mm, fd, text, *sizes)
+            finally:
+                os.close(fd)
     finally:
         _unload(mm)
     return checked
@@ -224,13 +227,16 @@ def _questions(text: bytes) -> Iterator[tuple[int, int]]:
             yield line.end, flags | PROCMAP_QUERY_COVERING_OR_NEXT_VMA
 
 
-def _check_queries(checked: Checked, mm: MmStruct | None, fd: int, text: bytes) -> None:
+def _check_queries(
+    checked: Checked, mm: MmStruct | None, fd: int, text: bytes, name_size: int, build_id_size: int
+) -> None:
     name, build_id = ctypes.create_string_buffer(NAME_SIZE), ctypes.create_string_buffer(BUILD_ID_SIZE)
     for addr, flags in dict.fromkeys(_questions(text)):
         query = ProcmapQuery(query_flags=flags, query_addr=addr)
-        query.vma_name_size, query.vma_name_addr = NAME_SIZE, ctypes.addressof(name)
-        if _contents_known(mm, addr):
-            query.build_id_size, query.build_id_addr = BUILD_ID_SIZE, ctypes.addressof(build_id)
+        if name_size:
+            query.vma_name_size, query.vma_name_addr = name_size, ctypes.addressof(name)
+        if build_id_size and _contents_known(mm, addr):
+            query.build_id_size, query.build_id_addr = build_id_size, ctypes.addressof(build_id)
         theirs = bytearray(query.pack())
         ours = bytearray(theirs)
         try:
@@ -242,16 +248,15 @@ def _check_queries(checked: Checked, mm: MmStruct | None, fd: int, text: bytes) 
         memory = {query.vma_name_addr: bytearray(NAME_SIZE), query.build_id_addr: bytearray(BUILD_ID_SIZE)}
         answer = procmap_ioctl(mm, PROCMAP_QUERY, ours, memory)
         checked.queries += 1
-        if answer == result == 0:
-            model, kernel = ProcmapQuery.unpack(bytes(ours)), ProcmapQuery.unpack(bytes(theirs))
-            same = (
-                model == kernel
-                and memory[query.vma_name_addr][: model.vma_name_size] == name.raw[: model.vma_name_size]
-                and memory[query.build_id_addr][: model.build_id_size] == build_id.raw[: model.build_id_size]
+        model: Any = answer or ProcmapQuery.unpack(bytes(ours))
+        kernel: Any = result or ProcmapQuery.unpack(bytes(theirs))
+        same = model == kernel
+        if same and not answer:
+            said = (
+                (query.vma_name_addr, model.vma_name_size, name.raw),
+                (query.build_id_addr, model.build_id_size, build_id.raw),
             )
-        else:
-            model, kernel = answer, result  # type: ignore[assignment]
-            same = answer == result
+            same = all(memory[at][:size] == raw[:size] for at, size, raw in said if size)
         if not same:
             checked.differences.append(f"query {addr:#x} flags {flags:#x}: {model}, the kernel's {kernel}")
 

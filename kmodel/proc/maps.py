@@ -3,8 +3,9 @@
 Models:      fs/proc/task_mmu.c, m_start, m_next, m_stop, proc_get_vma, lock_vma_range, get_next_vma,
              fallback_to_mmap_lock, pid_maps_open (7.2); the same before 6.17 as a variant
 Guards:      each VMA's read lock while its line is written; mmap_lock only where that fails
-Invariants:  T1 lines are in order and do not overlap; what changed during the read may be torn between lines,
-             but no hole is shown that was never there (H40)
+Invariants:  T1 each line ends behind the one before, and no hole is shown that was never there (H40). What
+             changed during the read may be torn between lines; a VMA that has merged with the one that was
+             printed is shown with the range of both
              T2 the place after a line is its vm_end, so a VMA that grew or moved is gone on from where it was
 Leaves out:  smaps, numa_maps; docs/limits.d/proc.md
 Read next:   mm/vma_iter.py, lock_next_vma(); proc/snapshot.py

@@ -4,6 +4,8 @@ Models:      fs/proc/task_mmu.c, show_map_vma, show_vma_header_prefix, get_vma_n
              arch/x86/entry/vsyscall/vsyscall_64.c, get_gate_vma (7.2)
 Guards:      the VMA is read-locked, or a private copy; mm->brk and the like are read with no lock at all
 Invariants:  L1 the text says of start, end, permissions, offset and file what the VMA says at one moment
+             L2 but the heap may lose its name: brk(2) sets mm->brk before it waits for the readers of the
+             VMA that it takes away. (The same can be seen on a running 6.18.)
 Leaves out:  mounts and roots (a path is a string), d_dname
 Read next:   proc/maps.py
 
@@ -13,7 +15,7 @@ Read next:   proc/maps.py
 import os
 from typing import Any, Final
 
-from kmodel.core import READ_ONCE
+from kmodel.core import READ_ONCE, KernelBug
 from kmodel.fs import FMODE_BACKING, File
 from kmodel.mm import PAGE_SHIFT, VM_EXEC, VM_MAYSHARE, VM_READ, VM_WRITE, MmStruct
 from kmodel.proc.seq_file import SeqFile, mangle_path, seq_pad, seq_setwidth, seq_write
@@ -33,7 +35,8 @@ def file_user_ino(file: File) -> tuple[tuple[int, int], int]:
     if file.f_mode & FMODE_BACKING and file.user_ino is not None:  # type: ignore[attr-defined]
         return file.user_ino  # type: ignore[attr-defined, no-any-return]
     inode = file.f_inode
-    assert inode is not None
+    if inode is None:
+        raise KernelBug(f"the inode of {file!r} is followed, and it has none yet")
     return inode.i_dev, inode.i_ino
 
 
