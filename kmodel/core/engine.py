@@ -308,11 +308,28 @@ def initcall[F: Callable[[], None]](func: F) -> F:
     return func
 
 
+_reboot_notifiers: list[Callable[[], None]] = []
+
+
+def reboot_notifier[F: Callable[[], None]](func: F) -> F:
+    """Decorator: on real threads `func` runs before every boot(), to wait for what workers still do with the
+    state that is about to go. Latest registered first."""
+    _reboot_notifiers.append(func)
+    return func
+
+
 def boot() -> None:
-    """Put every global of the model back to its state at boot, and forget warnings.
+    """Put every global of the model back to its state at boot, and forget warnings and what current holds.
 
     A scenario for a traced engine calls it first in its setup, so that no state outlives an execution.
     """
+    task = current()
+    task.held_locks.clear()
+    task.preempt_count = 0
+    if access._tracer is None:
+        task.rcu_read_lock_nesting = 0
+        for func in reversed(_reboot_notifiers):
+            func()
     clear_warnings()
     for func in _initcalls:
         func()

@@ -28,6 +28,7 @@ from kmodel.core import (
     initcall,
     kfree,
     might_sleep,
+    reboot_notifier,
 )
 from kmodel.core.task import _tasks_by_thread, get_ident  # type: ignore[attr-defined]
 from kmodel.rcu.cblist import (
@@ -192,3 +193,6 @@ def kfree_rcu(obj: Any) -> None:
 
 # percpu_rw_semaphore's fast readers live in sync/, below this room: this is the grace period they need.
 register_grace_period(synchronize_rcu, call_rcu, rcu_read_lock, rcu_read_unlock)
+
+# A callback of this boot must not free an object of the next.
+reboot_notifier(rcu_barrier)

@@ -30,6 +30,7 @@ from kmodel.core import (
     initcall,
     might_sleep,
     raw_get,
+    reboot_notifier,
 )
 from kmodel.core.task import _tasks_by_thread, get_ident  # type: ignore[attr-defined]
 from kmodel.rcu.cblist import RcuCallback, RcuCbList, cblist_barrier, cblist_enqueue, invoke
@@ -197,3 +198,7 @@ def rcu_barrier_tasks_trace() -> None:
         cblist_barrier(rcu_tasks_trace_cblist)
     else:
         srcu_barrier(rcu_tasks_trace_srcu_struct)
+
+
+# As in rcu/rcu.py.
+reboot_notifier(rcu_barrier_tasks_trace)
