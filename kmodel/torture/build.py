@@ -22,6 +22,7 @@ import attrs
 from kmodel.core import boot, kfree
 from kmodel.fs import flush_delayed_fput, fput, open_file, prune_icache
 from kmodel.mm import MmStruct, mmap, mmap_lock, mmput, munmap
+from kmodel.mm.page_table import anon_pages
 from kmodel.rcu import rcu_barrier, rcu_barrier_tasks_trace, srcu_barrier
 from kmodel.slab import leaks, slab_options
 from kmodel.sync import flush_scheduled_work
@@ -319,8 +320,7 @@ def settle() -> None:
 
 def breakpoints_left(mm: Any) -> int:
     """How many private pages the mm has: each is a copy made for a breakpoint, all gone by now."""
-    state = mm.uprobes_state
-    return len(state.pages) if state is not None else 0
+    return len(anon_pages(mm))
 
 
 def describe(world: World, source: Source, choice: Choice) -> list[str]:

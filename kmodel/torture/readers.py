@@ -41,13 +41,13 @@ class Hitter(Task):
         self.permanent = list(me.process.permanent)
         self.contested = list(me.process.slots)
         self.churned = list(me.process.churned)
-        # per region: the addresses of its probes that come and go
-        churned = me.process.churned
-        self.regions = [[a for a, key in churned.items() if key in r.churned] for r in me.world.regions]
+        # per region: the addresses of its probes that come and go, in the order of the region
+        at = {key: address for address, key in me.process.churned.items()}
+        self.regions = [[at[key] for key in r.churned if key in at] for r in me.world.regions]
         self.regs = PtRegs()
 
     def step(self) -> None:
-        rng, focus = self.rng, self.world.focus
+        me, rng, focus = self.me, self.rng, self.world.focus
         chance = rng.random()
         if chance < 0.4 and self.contested:
             self.hit(self.contested[focus.slot], handle_swbp)
@@ -55,7 +55,10 @@ class Hitter(Task):
             self.hit(rng.choice(self.contested), handle_swbp)
         elif chance < 0.8 and self.churned:
             near = self.regions[focus.region] if self.regions else []
-            self.hit(rng.choice(near or self.churned), handle_swbp)
+            me.hit_lingers = chance < 0.7 and bool(near)
+            address = near[focus.key % len(near)] if me.hit_lingers else rng.choice(near or self.churned)
+            self.hit(address, handle_swbp)
+            me.hit_lingers = False
         elif self.permanent:
             self.hit_permanent(rng.choice(self.permanent))
 

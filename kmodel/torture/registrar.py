@@ -46,13 +46,16 @@ class Registrar(Task):
         else:
             # In the order of the tree, which makes it rotate most; there and back, then somewhere else.
             churned = self.regions[self.turn].churned
+            self.world.focus.key = (self.at + 1) % len(
+                churned
+            )  # let handlers of the next one be running by then
             self.toggle(churned[self.at % len(churned)])
             self.at += 1
             if self.at >= 2 * len(churned):
                 self.at = 0
                 self.turn = self.rng.randrange(len(self.regions))
                 self.world.focus.region = self.turn
-        if len(self.unsynced) >= UNSYNCED_AT_MOST or (self.unsynced and self.rng.random() < 0.1):
+        if len(self.unsynced) >= UNSYNCED_AT_MOST:
             self.sync()
 
     def toggle(self, key: Key) -> None:
@@ -61,7 +64,10 @@ class Registrar(Task):
             self.register(key)
             return
         self.unregister(key)
-        if self.rng.random() < 0.2:
+        chance = self.rng.random()
+        if chance < 0.4:
+            self.sync()  # at once: its handlers may be running this moment
+        elif chance < 0.6:
             self.register(key)  # at once: the old uprobe may still be in the tree, dying
 
     def register(self, key: Key) -> None:

@@ -48,7 +48,7 @@ STALL_SECONDS = 20.0
 STOP_SECONDS = 20.0
 TURNS = (0.0002, 0.0002, 0.0002, 0.0002, 0.0002, 0.0002, 0.0002, 0.002)
 """How long a task computes before it gives way, in seconds; now and then long enough to be interrupted."""
-STOP_SECONDS_AFTER_VIOLATION = 2.0
+STOP_SECONDS_AFTER_VIOLATION = 1.0
 
 
 class BadUsage(ValueError):

@@ -36,9 +36,13 @@ class Task:
 
 
 def pause_in_handler(me: Member) -> None:
-    """A handler may sleep: mostly it does not, now and then it gives the processor away, rarely it sleeps."""
+    """A handler may sleep: mostly it does not, now and then it gives way, rarely it sleeps; long where its
+    consumer is about to be unregistered.
+    """
     chance = me.rng.random()
     if chance < 0.02:
         time.sleep(me.rng.random() * 0.001)
+    elif me.hit_lingers and chance < 0.1:
+        time.sleep(me.rng.random() * 0.03)
     elif chance < 0.1:
         time.sleep(0)

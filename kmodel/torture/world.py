@@ -95,6 +95,8 @@ class Focus:
     def __init__(self) -> None:
         self.slot = 0
         self.region = 0
+        # of the region's probes that come and go: the one that is about to go
+        self.key = 0
 
 
 @attrs.define(eq=False)
@@ -151,5 +153,6 @@ class Member:
         self.hit_seq = 0
         self.hit_calls = 0
         self.hit_was_fast = False
+        self.hit_lingers = False
         # what the system call being made will do to a contested address
         self.intent: Any = None

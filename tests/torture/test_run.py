@@ -190,7 +190,7 @@ def test_every_kind_of_work_is_done_by_somebody(count: int) -> None:
     ],
 )
 def test_what_the_kernel_refuses(tmp_path: Path, probe: str, complaint: str) -> None:
-    """uprobe_register's own errors reach the user; what no mapping shows as code gets a mapping of its own."""
+    """uprobe_register's errors reach the user; what no mapping shows as code gets a mapping of its own."""
     config = Config(
         seed=1, threads=8, seconds=1.0, maps=str(maps_file(tmp_path)), probes=(probe.format(tmp_path),)
     )
