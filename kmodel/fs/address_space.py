@@ -4,9 +4,8 @@ Models:      include/linux/fs.h struct address_space, i_mmap_lock_write and frie
 Guards:      i_mmap and the keys of the VMAs in it: i_mmap_rwsem; a_ops and host: constant
 Invariants:  M1 a VMA in i_mmap has the page range it had when it was inserted (writers take it out to change
              it)
-Leaves out:  the page cache itself (contents come from the inode's source); i_mmap is a sorted list, not an
-             augmented tree
-Read next:   fs/inode.py; uprobes/register.py walks i_mmap
+Leaves out:  i_mmap is a sorted list, not an augmented tree
+Read next:   fs/filemap.py, the page cache; fs/inode.py; uprobes/register.py walks i_mmap
 
 Only lock holders may touch i_mmap: it is an ordinary Python container.
 """
@@ -31,6 +30,7 @@ from kmodel.core import (
 )
 from kmodel.sync import (
     RwSemaphore,
+    SpinLock,
     down_read,
     down_write,
     down_write_trylock,
@@ -82,7 +82,9 @@ class AddressSpace(Pooled):
 
     # writable shared mappings; negative while sealed against them
     i_mmap_writable: int = atomic(default=0)
-    nrpages: int = 0
+    # the page cache: pages by index. write and read: i_pages_lock
+    i_pages_lock: SpinLock = embedded(factory=SpinLock)
+    i_pages: dict[int, Any] = untraced(factory=dict, init=False)
 
     def check_invariants(self) -> None:
         """M1; call with i_mmap_rwsem held, or when nothing runs."""

@@ -40,6 +40,7 @@ from kmodel.core import (
 )
 from kmodel.core.report import WARN
 from kmodel.fs.address_space import PAGE_SHIFT, PAGE_SIZE, AddressSpace, AddressSpaceOperations
+from kmodel.fs.filemap import filemap_overlay, truncate_inode_pages_final
 from kmodel.rcu import call_rcu
 from kmodel.slab import KmemCache, kmem_cache_create, kmem_cache_free, kmem_cache_zalloc
 from kmodel.sync import SpinLock, spin_lock, spin_unlock
@@ -122,7 +123,7 @@ def read_contents(inode: Inode, offset: int, n: int) -> bytes:
     """Bytes offset..offset+n of the file, fewer at its end."""
     n = max(0, min(n, i_size_read(inode) - offset))
     data = b"" if inode.contents is None else inode.contents(offset, n)
-    return data + bytes(n - len(data))
+    return filemap_overlay(inode.i_mapping, offset, data + bytes(n - len(data)))
 
 
 def _read_folio(mapping: AddressSpace, index: int) -> bytes:
@@ -265,6 +266,7 @@ def evict(inode: Inode) -> None:
     """The inode left the table without references: its memory is free after a grace period."""
     if inode.i_mapping.i_mmap:
         raise KernelBug(f"{inode!r} is evicted while VMAs map it: {list(inode.i_mapping.i_mmap)!r}")
+    truncate_inode_pages_final(inode.i_mapping)
     call_rcu(inode, _i_callback)
 
 

@@ -8,6 +8,18 @@ from kmodel.mm.anon_vma import (
 from kmodel.mm.brk import (
     brk,
 )
+from kmodel.mm.dup_mmap import (
+    fork,
+)
+from kmodel.mm.fault import (
+    BUS_ADRERR,
+    SEGV_ACCERR,
+    SEGV_MAPERR,
+    Siginfo,
+    do_user_addr_fault,
+    handle_mm_fault,
+    mmap_lock_only,
+)
 from kmodel.mm.flags import (
     DEFAULT_MMAP_BASE,
     MAP_ANONYMOUS,
@@ -106,6 +118,12 @@ from kmodel.mm.maple_walk import (
     mt_find,
     mtree_load,
 )
+from kmodel.mm.memory import (
+    VM_FAULT_OOM,
+    VM_FAULT_RETRY,
+    VM_FAULT_SIGBUS,
+    VM_FAULT_SIGSEGV,
+)
 from kmodel.mm.mm_struct import (
     MmStruct,
     mmdrop,
@@ -144,8 +162,17 @@ from kmodel.mm.mprotect import (
 from kmodel.mm.mremap import (
     mremap,
 )
+from kmodel.mm.page_table import (
+    get_mm_rss,
+)
 from kmodel.mm.unmapped_area import (
     get_unmapped_area,
+)
+from kmodel.mm.uaccess import (
+    Signal,
+    user_fetch,
+    user_load,
+    user_store,
 )
 from kmodel.mm.vma import (
     VmAreaStruct,
@@ -202,6 +229,8 @@ from kmodel.mm.vma_unmap import (
 )
 
 __all__ = [
+    "AnonVma",
+    "BUS_ADRERR",
     "DEFAULT_MMAP_BASE",
     "MAP_ANONYMOUS",
     "MAP_FIXED",
@@ -218,6 +247,10 @@ __all__ = [
     "MMF_RECALC_UPROBES",
     "MREMAP_FIXED",
     "MREMAP_MAYMOVE",
+    "MaState",
+    "MapleNode",
+    "MapleTree",
+    "MmStruct",
     "PAGE_ALIGN",
     "PAGE_MASK",
     "PAGE_SHIFT",
@@ -226,7 +259,11 @@ __all__ = [
     "PROT_NONE",
     "PROT_READ",
     "PROT_WRITE",
+    "SEGV_ACCERR",
+    "SEGV_MAPERR",
     "STACK_GUARD_GAP",
+    "Siginfo",
+    "Signal",
     "TASK_SIZE",
     "VM_ACCESS_FLAGS",
     "VM_ACCOUNT",
@@ -235,6 +272,10 @@ __all__ = [
     "VM_DONTDUMP",
     "VM_DONTEXPAND",
     "VM_EXEC",
+    "VM_FAULT_OOM",
+    "VM_FAULT_RETRY",
+    "VM_FAULT_SIGBUS",
+    "VM_FAULT_SIGSEGV",
     "VM_GROWSDOWN",
     "VM_HUGETLB",
     "VM_IO",
@@ -259,11 +300,6 @@ __all__ = [
     "VM_STICKY",
     "VM_WIPEONFORK",
     "VM_WRITE",
-    "AnonVma",
-    "MaState",
-    "MapleNode",
-    "MapleTree",
-    "MmStruct",
     "VmAreaStruct",
     "VmOperations",
     "VmaIterator",
@@ -273,12 +309,16 @@ __all__ = [
     "calc_vm_prot_bits",
     "do_mmap",
     "do_munmap",
+    "do_user_addr_fault",
     "exit_mmap",
     "find_vma",
     "find_vma_intersection",
     "find_vma_prev",
     "for_each_vma",
+    "fork",
+    "get_mm_rss",
     "get_unmapped_area",
+    "handle_mm_fault",
     "hooks",
     "lock_next_vma",
     "lock_vma_under_rcu",
@@ -304,6 +344,7 @@ __all__ = [
     "mmap_assert_locked",
     "mmap_assert_write_locked",
     "mmap_lock_is_contended",
+    "mmap_lock_only",
     "mmap_lock_speculate_retry",
     "mmap_lock_speculate_try_begin",
     "mmap_read_lock",
@@ -332,6 +373,9 @@ __all__ = [
     "munmap",
     "offset_in_page",
     "older_int_mm_lock_seq",
+    "user_fetch",
+    "user_load",
+    "user_store",
     "vm_area_alloc",
     "vm_area_dup",
     "vm_area_free",

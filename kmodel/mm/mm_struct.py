@@ -5,8 +5,8 @@ Models:      include/linux/mm_types.h, struct mm_struct; include/linux/sched/mm.
 Guards:      see the groups of fields
 Invariants:  M1 mm_count reaches 0 after mm_users did (the users together hold one count), and then nobody
              touches the struct any more
-Leaves out:  page tables (uprobes/ and the fault code keep what pages they need), RSS counters, contexts
-Read next:   mm/mmap_lock.py; mm/fork.py for mm_alloc and mmput
+Leaves out:  contexts, notifiers, RLIMITs
+Read next:   mm/mmap_lock.py; mm/page_table.py; mm/fork.py for mm_alloc and mmput
 """
 
 from typing import Any
@@ -25,6 +25,7 @@ from kmodel.core import (
 )
 from kmodel.mm.flags import DEFAULT_MMAP_BASE
 from kmodel.mm.maple_node import MapleTree
+from kmodel.mm.page_table import PageTable, check_mm
 from kmodel.slab import KmemCache, kmem_cache_create, kmem_cache_free
 from kmodel.sync import Rcuwait, RwSemaphore, Seqcount
 
@@ -45,6 +46,9 @@ class MmStruct(Pooled):
     # write: mmap_lock; read: mmap_lock, or RCU with a recheck
     mm_mt: MapleTree = embedded(factory=MapleTree)
 
+    # page tables and RSS counters, with a lock of their own
+    pgd: PageTable = embedded(factory=PageTable)
+
     # tasks that use the address space; together they hold one mm_count
     mm_users: int = atomic(default=1)
     # references to the struct
@@ -63,7 +67,7 @@ class MmStruct(Pooled):
     # x86: the vsyscall page's VMA, which is in no tree; constant, None without one
     gate_vma: Any = untraced(default=None)
 
-    # uprobes/'s: private pages with breakpoints
+    # uprobes/'s
     uprobes_state: Any = None
 
     __hash__ = object.__hash__
@@ -110,6 +114,7 @@ def mmdrop(mm: MmStruct) -> None:
 
 
 def __mmdrop(mm: MmStruct) -> None:
+    check_mm(mm)
     if mm._k_slab is None:
         kfree(mm)  # built by MmStruct()
     else:

@@ -3,13 +3,14 @@
 Models:      mm/mprotect.c, do_mprotect_pkey, mprotect_fixup (7.2)
 Guards:      mmap_lock (write); the VMA write lock before the flags change
 Invariants:  G2 of mm/vma_merge.py
-Leaves out:  page table updates, protection keys, W^X policies, charging (only its flag, VM_ACCOUNT)
+Leaves out:  protection keys, W^X policies, charging (only its flag, VM_ACCOUNT)
 Read next:   mm/mremap.py
 """
 
 from errno import EACCES, EINTR, EINVAL, ENOMEM
 
 from kmodel.fs import task_work_run
+from kmodel.mm import hooks
 from kmodel.mm.flags import (
     PAGE_ALIGN,
     VM_ACCESS_FLAGS,
@@ -92,4 +93,5 @@ def mprotect_fixup(
         return modified
     vma_start_write(modified)
     vm_flags_reset(modified, newflags)
+    hooks.change_protection(modified, start, end)
     return modified

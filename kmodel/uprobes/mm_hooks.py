@@ -13,7 +13,7 @@ Importing this module fills mm's hook slots; mm itself knows nothing of uprobes.
 
 from typing import Any, Final
 
-from kmodel.core import atomic_read, fatal_signal_pending, initcall, ptr, set_bit, test_bit
+from kmodel.core import atomic_read, fatal_signal_pending, guards, initcall, ptr, set_bit, test_bit
 from kmodel.mm import (
     MMF_HAS_UPROBES,
     MMF_RECALC_UPROBES,
@@ -27,8 +27,12 @@ from kmodel.uprobes.breakpoint import install_breakpoint, valid_vma
 from kmodel.uprobes.consumer import filter_chain
 from kmodel.uprobes.lifetime import put_uprobe
 from kmodel.uprobes.lookup import vma_has_uprobes
-from kmodel.uprobes.pages import dup_pages, move_pages, offset_to_vaddr, vaddr_to_offset, zap_pages
+from kmodel.uprobes.pages import offset_to_vaddr, vaddr_to_offset
 from kmodel.uprobes.ref_ctr import delayed_ref_ctr_inc
+
+_DUP_MMAP_SEM = guards.register(
+    "no-dup-mmap-sem", "H48: a child is linked between the scan and the write: it keeps or lacks a breakpoint"
+)
 
 UPROBES_HASH_SZ: Final = 13
 uprobes_mmap_mutex: tuple[Mutex, ...]
@@ -97,22 +101,23 @@ def uprobe_start_dup_mmap() -> None:
     """A fork is about to copy mappings: keep register and unregister out until it has linked all of them
     (H48).
     """
-    percpu_down_read(register.dup_mmap_sem)
+    if not (guards.any_removed and _DUP_MMAP_SEM in guards.removed):
+        percpu_down_read(register.dup_mmap_sem)
 
 
 def uprobe_end_dup_mmap() -> None:
     """The fork has copied them."""
-    percpu_up_read(register.dup_mmap_sem)
+    if not (guards.any_removed and _DUP_MMAP_SEM in guards.removed):
+        percpu_up_read(register.dup_mmap_sem)
 
 
 def uprobe_dup_mmap(oldmm: Any, newmm: Any) -> None:
-    """The child inherits the parent's private pages, and so its breakpoints. Not all mappings are copied,
-    hence the recount.
+    """The child will inherit the parent's private pages, and so its breakpoints. Not all mappings are copied,
+    hence the recount. Needs the parent's mmap_lock held for writing.
     """
     if test_bit(MMF_HAS_UPROBES, oldmm, "flags"):
         set_bit(MMF_HAS_UPROBES, newmm, "flags")
         set_bit(MMF_RECALC_UPROBES, newmm, "flags")
-    dup_pages(oldmm, newmm)
 
 
 def uprobe_clear_state(mm: Any) -> None:
@@ -124,8 +129,6 @@ def uprobe_clear_state(mm: Any) -> None:
 
 hooks.uprobe_mmap = uprobe_mmap
 hooks.uprobe_munmap = uprobe_munmap
-hooks.zap_pages = zap_pages
-hooks.move_pages = move_pages
 hooks.uprobe_start_dup_mmap = uprobe_start_dup_mmap
 hooks.uprobe_end_dup_mmap = uprobe_end_dup_mmap
 hooks.uprobe_dup_mmap = uprobe_dup_mmap

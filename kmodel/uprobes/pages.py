@@ -2,50 +2,24 @@
 
 Models:      mm/gup.c, mm/memory.c as far as uprobes needs them: FOLL_FORCE reads, breaking COW;
              kernel/events/uprobes.c, is_trap_at_addr, uprobe_copy_from_page, copy_to_page (7.2)
-Guards:      mmap_lock (read: look, write: add or change a copy); page_table_lock for the table itself, as for
-             a kernel's PTEs
-Invariants:  G1 a page has a private copy only while a mapping covers it
-Leaves out:  page tables proper, anonymous memory's contents (zeroes), swap, huge pages, TLBs (stubbed:
-             docs/limits.md)
+Guards:      mmap_lock (read: look, write: add or change a copy), which keeps a copy that was found
+Invariants:  those of mm/page_table.py
+Leaves out:  looking does not fault the file's page in, as the kernel's get_user_page would
 Read next:   uprobes/breakpoint.py, which writes into the copies
 """
 
 import errno
 from typing import Any
 
-from kmodel.core import WARN_ON_ONCE, Struct, embedded, kernel_struct, untraced
+from kmodel.core import READ_ONCE, WARN_ON_ONCE
 from kmodel.fs import PAGE_SHIFT, PAGE_SIZE, i_size_read, read_mapping_page
-from kmodel.mm import VM_DONTCOPY, for_each_vma, mmap_read_lock, mmap_read_unlock, vma_lookup
-from kmodel.sync import SpinLock, spin_lock, spin_unlock
+from kmodel.fs.page import Page, memcpy_to_page
+from kmodel.mm import mmap_read_lock, mmap_read_unlock, vma_lookup
+from kmodel.mm.memory import VM_FAULT_OOM, faultin_private_page
+from kmodel.mm.page_table import ptep_get, zap_page_range
 from kmodel.uprobes.arch import UPROBE_SWBP_INSN_SIZE, is_trap_insn
 
 PAGE_MASK = ~(PAGE_SIZE - 1)
-
-
-@kernel_struct
-class AnonPage(Struct):
-    """A private copy of a page: what FOLL_WRITE on a private file mapping leaves in the page table."""
-
-    contents: bytes = b""
-
-
-@kernel_struct
-class UprobesState(Struct):
-    """struct uprobes_state, and in it the model's stand-in for the mm's page table: the private copies by
-    page address.
-    """
-
-    page_table_lock: SpinLock = embedded(factory=SpinLock)
-    # write and read: page_table_lock
-    pages: dict[int, AnonPage] = untraced(factory=dict, init=False)
-
-
-def uprobes_state(mm: Any) -> UprobesState:
-    """The mm's, made on first use. Needs mmap_lock held for writing."""
-    state: UprobesState | None = mm.uprobes_state
-    if state is None:
-        state = mm.uprobes_state = UprobesState()
-    return state
 
 
 def vaddr_to_offset(vma: Any, vaddr: int) -> int:
@@ -58,15 +32,13 @@ def offset_to_vaddr(vma: Any, offset: int) -> int:
     return int(vma.vm_start + offset - (vma.vm_pgoff << PAGE_SHIFT))
 
 
-def find_page(mm: Any, vaddr: int) -> AnonPage | None:
+def find_page(mm: Any, vaddr: int) -> Page | None:
     """The private copy that covers the address, if there is one."""
-    state: UprobesState | None = mm.uprobes_state
-    if state is None:
+    # Not even the lock is taken where no page was ever mapped.
+    if not mm.pgd.ptes:
         return None
-    spin_lock(state.page_table_lock)
-    page = state.pages.get(vaddr & PAGE_MASK)
-    spin_unlock(state.page_table_lock)
-    return page
+    pte = ptep_get(mm, vaddr & PAGE_MASK)
+    return pte.page if pte is not None and pte.page.anon else None
 
 
 def file_page(vma: Any, vaddr: int) -> bytes | None:
@@ -83,28 +55,19 @@ def file_page(vma: Any, vaddr: int) -> bytes | None:
 def read_page(vma: Any, vaddr: int) -> bytes | None:
     """What the task sees in the page of this address; None for a bus error. Needs mmap_lock."""
     page = find_page(vma.vm_mm, vaddr)
-    return page.contents if page is not None else file_page(vma, vaddr)
+    return READ_ONCE(page, "contents") if page is not None else file_page(vma, vaddr)
 
 
 def write_page(vma: Any, vaddr: int, data: bytes) -> int:
-    """Change the task's private copy of the page, making it first if need be (breaking COW); 0 or -EFAULT.
+    """Change the task's private copy of the page, making it first if need be (breaking COW); 0, -EFAULT or
+    -ENOMEM.
 
     Needs mmap_lock held for writing. `data` must not cross the page's end: every caller checked alignment.
     """
-    mm = vma.vm_mm
-    state = uprobes_state(mm)
-    page = find_page(mm, vaddr)
-    old = page.contents if page is not None else file_page(vma, vaddr)
-    if old is None:
-        return -errno.EFAULT
-    at = vaddr & ~PAGE_MASK
-    new = old[:at] + data + old[at + len(data) :]
-    spin_lock(state.page_table_lock)
-    if page is None:
-        state.pages[vaddr & PAGE_MASK] = AnonPage(contents=new)
-    else:
-        page.contents = new
-    spin_unlock(state.page_table_lock)
+    page = faultin_private_page(vma, vaddr)
+    if isinstance(page, int):
+        return -errno.ENOMEM if page & VM_FAULT_OOM else -errno.EFAULT
+    memcpy_to_page(page, vaddr & ~PAGE_MASK, data)
     return 0
 
 
@@ -114,52 +77,10 @@ def drop_page_if_unchanged(vma: Any, vaddr: int) -> bool:
     """
     mm = vma.vm_mm
     page = find_page(mm, vaddr)
-    if page is None or page.contents != file_page(vma, vaddr):
+    if page is None or READ_ONCE(page, "contents") != file_page(vma, vaddr):
         return False
-    zap_pages(mm, vaddr & PAGE_MASK, (vaddr & PAGE_MASK) + PAGE_SIZE)
+    zap_page_range(mm, vaddr & PAGE_MASK, (vaddr & PAGE_MASK) + PAGE_SIZE)
     return True
-
-
-def zap_pages(mm: Any, start: int, end: int) -> None:
-    """Forget the private copies of [start, end): what unmapping does to a page table."""
-    state: UprobesState | None = mm.uprobes_state
-    if state is None:
-        return
-    spin_lock(state.page_table_lock)
-    for address in [a for a in state.pages if start <= a < end]:
-        del state.pages[address]
-    spin_unlock(state.page_table_lock)
-
-
-def move_pages(mm: Any, old: int, new: int, length: int) -> None:
-    """mremap: the private copies of [old, old + length) go along to `new`. Needs mmap_lock (write)."""
-    state: UprobesState | None = mm.uprobes_state
-    if state is None:
-        return
-    spin_lock(state.page_table_lock)
-    moving = {a: state.pages.pop(a) for a in list(state.pages) if old <= a < old + length}
-    for address, page in moving.items():
-        state.pages[address - old + new] = page
-    spin_unlock(state.page_table_lock)
-
-
-def dup_pages(oldmm: Any, mm: Any) -> None:
-    """Give a child the parent's private pages, and with them the breakpoints in them (copy_page_range, H48).
-
-    Not those of mappings that are not copied. Needs both mmap_locks held for writing.
-    """
-    state: UprobesState | None = oldmm.uprobes_state
-    if state is None:
-        return
-    child = uprobes_state(mm)
-    for vma in for_each_vma(oldmm):
-        if vma.vm_flags & VM_DONTCOPY:
-            continue
-        spin_lock(state.page_table_lock)
-        for address, page in state.pages.items():
-            if vma.vm_start <= address < vma.vm_end:
-                child.pages[address] = AnonPage(contents=page.contents)
-        spin_unlock(state.page_table_lock)
 
 
 def is_trap_at_addr(mm: Any, vaddr: int) -> int:

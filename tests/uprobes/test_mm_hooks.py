@@ -10,6 +10,7 @@ from kmodel.mm import (
     MMF_RECALC_UPROBES,
     VM_DONTCOPY,
     MmStruct,
+    fork,
     hooks,
     mmap_write_lock,
     mmap_write_unlock,
@@ -17,6 +18,7 @@ from kmodel.mm import (
     vm_flags_set,
     vma_lookup,
 )
+from kmodel.mm.page_table import anon_pages
 from kmodel.uprobes import lifetime, uprobe_unregister
 from tests.uprobes.stories import Gate, both_engines
 from tests.uprobes.world import (
@@ -125,7 +127,7 @@ def test_splitting_a_probed_mapping_keeps_its_breakpoints() -> None:
 
 def test_a_child_inherits_breakpoints_but_not_those_of_mappings_left_out() -> None:
     """Forking copies private pages and MMF_HAS_UPROBES, and asks for a recount (H48)."""
-    parent, child = MmStruct(), MmStruct()
+    parent = MmStruct()
     one, two = new_file("/bin/one"), new_file("/bin/two")
     map_text(parent, one)
     map_text(parent, two, TEXT + 0x10000)
@@ -135,16 +137,10 @@ def test_a_child_inherits_breakpoints_but_not_those_of_mappings_left_out() -> No
     vm_flags_set(vma_lookup(parent, TEXT + 0x10000), VM_DONTCOPY)
     mmap_write_unlock(parent)
 
-    hooks.uprobe_start_dup_mmap()
-    mmap_write_lock(parent)
-    mmap_write_lock(child)
-    hooks.uprobe_dup_mmap(parent, child)
-    mmap_write_unlock(child)
-    mmap_write_unlock(parent)
-    hooks.uprobe_end_dup_mmap()
+    child = fork(parent)
 
-    assert sorted(child.uprobes_state.pages) == [TEXT]
-    assert child.uprobes_state.pages[TEXT].contents[0x10] == INT3
+    assert sorted(anon_pages(child)) == [TEXT]
+    assert opcode(child, TEXT + 0x10) == INT3
     assert test_bit(MMF_HAS_UPROBES, child, "flags")
     assert test_bit(MMF_RECALC_UPROBES, child, "flags")
 
@@ -192,4 +188,4 @@ def test_private_pages_move_with_their_mapping() -> None:
     hooks.move_pages(mm, TEXT, 0x900000, 2 * PAGE_SIZE)
     mmap_write_unlock(mm)
 
-    assert sorted(mm.uprobes_state.pages) == [0x900000 + PAGE_SIZE]
+    assert sorted(anon_pages(mm)) == [0x900000 + PAGE_SIZE]

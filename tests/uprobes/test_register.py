@@ -8,6 +8,7 @@ import pytest
 from kmodel.core import current, guards, is_freed, test_bit
 from kmodel.fs import PAGE_SIZE, empty_aops, open_file, shmem_aops
 from kmodel.mm import MMF_HAS_UPROBES, MmStruct, munmap
+from kmodel.mm.page_table import anon_pages
 from kmodel.slab import fail_nth
 from kmodel.sync import refcount_read
 from kmodel.uprobes import (
@@ -144,7 +145,7 @@ def test_breakpoints_appear_in_every_mapping_and_go_again() -> None:
     uprobe_unregister(uprobe, uc)
     assert opcode(first, TEXT + 0x10) == CODE[0x10]
     assert opcode(second, TEXT + 0x20010) == CODE[0x10]
-    assert not first.uprobes_state.pages
+    assert not anon_pages(first)
 
 
 def test_two_probes_in_one_page_do_not_disturb_each_other() -> None:
