@@ -10,7 +10,7 @@ from kmodel.proc.maps import (
     proc_maps_read,
     proc_maps_reads,
 )
-from kmodel.proc.procmap_query import (
+from kmodel.proc.query import (
     PROCMAP_QUERY,
     PROCMAP_QUERY_COVERING_OR_NEXT_VMA,
     PROCMAP_QUERY_FILE_BACKED_VMA,

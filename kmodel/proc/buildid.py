@@ -4,7 +4,7 @@ Models:      lib/buildid.c, build_id_parse_file, get_build_id, parse_build_id (7
 Guards:      the file is held
 Invariants:  none
 Leaves out:  files whose pages are not in the page cache (the kernel may wait for them; here they are read)
-Read next:   proc/procmap_query.py
+Read next:   proc/query.py
 """
 
 import struct

@@ -95,11 +95,7 @@ def get_vma_snapshot(priv: ProcMapsPrivate, vma: Any) -> int:
         return 0
     priv.vma_copy = copy
     put_vma_snapshot(priv)
-    rcu_read_unlock()
-    error = _wait_for_writer(priv)
-    if not priv.mmap_locked:
-        rcu_read_lock()
-    return error or -EAGAIN
+    return _sample_again(priv) or -EAGAIN
 
 
 def put_vma_snapshot(priv: ProcMapsPrivate) -> None:
@@ -107,6 +103,15 @@ def put_vma_snapshot(priv: ProcMapsPrivate) -> None:
     copy, priv.vma_copy = priv.vma_copy, None
     if copy is not None and copy.file_held:
         fput(copy.vm_file)
+
+
+def _sample_again(priv: ProcMapsPrivate) -> int:
+    """_wait_for_writer() from inside RCU, which is left, and entered again if mmap_lock is not kept."""
+    rcu_read_unlock()
+    error = _wait_for_writer(priv)
+    if not priv.mmap_locked:
+        rcu_read_lock()
+    return error
 
 
 def _wait_for_writer(priv: ProcMapsPrivate) -> int:
@@ -168,6 +173,9 @@ def _show_map(m: SeqFile, vma: Any) -> int:
         if not mmap_lock_speculate_retry(priv.mm, priv.mm_wr_seq):
             return 0
         seq_cut(m, before)
+        error = _sample_again(priv)
+        if error:
+            return error
         m.index = priv.last_pos
         vma_iter_set(priv.iter, m.index)
         vma = proc_get_vma(m)
