@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Final
 from kmodel.core import (
     BUG_ON,
     Pooled,
+    guards,
     initcall,
     kernel_struct,
     shared_int,
@@ -35,6 +36,13 @@ from kmodel.slab import (
     kmem_cache_create,
     kmem_cache_free,
     kmem_cache_zalloc,
+)
+
+DEAD_CHECK: Final = guards.register(
+    "no-maple-dead-check", "H42: a reader believes what it read in a node that had left the tree"
+)
+_DEAD_WMB: Final = guards.register(
+    "no-maple-dead-wmb", "H42: the words of a dead node are reused before its death is visible"
 )
 
 ULONG_MAX: Final = 0xFFFF_FFFF_FFFF_FFFF
@@ -191,7 +199,7 @@ def ma_dead_node(node: MapleNode) -> bool:
     dead here.
     """
     smp_rmb()
-    return node.parent is node
+    return node.parent is node and not (guards.any_removed and DEAD_CHECK in guards.removed)
 
 
 def mte_set_node_dead(node: MapleNode) -> None:
@@ -199,6 +207,8 @@ def mte_set_node_dead(node: MapleNode) -> None:
     published.
     """
     node.parent = node
+    if _DEAD_WMB in guards.removed:
+        return
     smp_wmb()  # WMB: pairs with RMB in ma_dead_node(); the node's words may be reused from here on
 
 

@@ -18,8 +18,9 @@ from typing import Any, Final
 
 import attrs
 
-from kmodel.core import access, rcu_dereference, smp_rmb
+from kmodel.core import access, cpu_relax, guards, rcu_dereference, smp_rmb
 from kmodel.mm.maple_node import (
+    DEAD_CHECK,
     GAP,
     PIVOT,
     SLOT,
@@ -81,6 +82,14 @@ def mas_pause(mas: MaState) -> None:
 # ------------------------------------------------------------------------------------------------ lookup
 
 
+def _start_again() -> None:
+    """Not in Linux: tells a traced engine that a turn is over. Without it a walk could read the old root for
+    ever, which no hardware does.
+    """
+    if access._tracer is not None:
+        cpu_relax()
+
+
 def mtree_lookup_walk(mt: MapleTree, index: int) -> Any:
     """The entry at `index`, or None. RCU (or the lock) is held."""
     # With real threads every load is single and in order already; getattr saves the call that says so to a
@@ -96,7 +105,8 @@ def mtree_lookup_walk(mt: MapleTree, index: int) -> Any:
             # ma_dead_node(), written out. RMB: pairs with WMB in mte_set_node_dead().
             if traced:
                 smp_rmb()
-            if node.parent is node:
+            if node.parent is node and not (guards.any_removed and DEAD_CHECK in guards.removed):
+                _start_again()
                 break  # what we read may be an rcu_head's words: from the root again
             if node.is_leaf:
                 return entry
@@ -127,6 +137,7 @@ def _range_walk(mas: MaState, index: int) -> Any:
             slot_high = getattr(node, PIVOT[offset]) if offset < node.ma_end else high
             entry = rcu_dereference(node, SLOT[offset])
             if ma_dead_node(node):
+                _start_again()
                 break
             if node.is_leaf:
                 mas.node, mas.offset, mas.min, mas.max = node, offset, low, high
