@@ -18,6 +18,10 @@ vm_lock_seq equals the count, so raising it unlocks every VMA at once.
 
 Before 6.14 it was an int, raised at unlock only: enough for the second job, not for the first (H16). See
 older_int_mm_lock_seq().
+
+It wraps. A reader that looks at two moments between which it went round once sees no difference (H20), and a
+writer that meets a VMA it last locked one round ago takes it for locked (H21): 2^31 write sections in Linux,
+two or so after mm_lock_seq_bits(2).
 """
 
 from collections.abc import Callable, Iterator
@@ -44,10 +48,16 @@ from kmodel.sync import (
 )
 
 _OLD = guards.register(
-    "no-mm-seq-begin", "H16: mm_lock_seq moves at unlock only, and a reader beside a writer sees it stand still"
+    "no-mm-seq-begin",
+    "H16: mm_lock_seq moves at unlock only, and a reader beside a writer sees it stand still",
+)
+
+_WIDE = guards.register(
+    "no-wide-mm-seq", "H20, H21: mm_lock_seq is as narrow as can be and comes back to a value somebody knows"
 )
 
 _int_seq = False
+_largest = 0xFFFF_FFFF
 
 observer: Callable[[MmStruct], None] | None = None
 """For oracles: called with the mm when a write section is about to end, still inside it."""
@@ -69,7 +79,32 @@ def older_int_mm_lock_seq() -> Iterator[None]:
         _int_seq = before
 
 
+@contextmanager
+def mm_lock_seq_bits(bits: int) -> Iterator[None]:
+    """Run the block with a mm_lock_seq, and so a vm_lock_seq, of so many bits (32 in Linux). The block boots.
+
+    One bit is enough for the older int; the sequence count needs one more, for its parity.
+    """
+    global _largest
+    if not (1 if _is_int() else 2) <= bits <= 32:
+        raise ValueError(f"bits={bits}: must be 1 (2 for the sequence count) to 32")
+    before, _largest = _largest, (1 << bits) - 1
+    try:
+        yield
+    finally:
+        _largest = before
+
+
 # ---------------------------------------------------------------------------------------------- mm_lock_seq
+
+
+def mm_lock_seq_largest() -> int:
+    """The value after which mm_lock_seq wraps: odd, so no unlocked mm has it. What a new VMA's vm_lock_seq
+    is.
+    """
+    if guards.any_removed and _WIDE in guards.removed:
+        return 1 if _is_int() else 3
+    return _largest
 
 
 def _is_int() -> bool:
@@ -79,7 +114,7 @@ def _is_int() -> bool:
 def mm_lock_seqcount_begin(mm: MmStruct) -> None:
     """The write lock was taken: odd from here. seq++ ; WMB: pairs with RMB in mmap_lock_speculate_retry()."""
     if not _is_int():
-        do_raw_write_seqcount_begin(mm.mm_lock_seq)
+        do_raw_write_seqcount_begin(mm.mm_lock_seq, mm_lock_seq_largest())
 
 
 def mm_lock_seqcount_end(mm: MmStruct) -> None:
@@ -89,9 +124,9 @@ def mm_lock_seqcount_end(mm: MmStruct) -> None:
     rwsem_assert_held_write(mm.mmap_lock)
     if _is_int():
         seq = mm.mm_lock_seq
-        smp_store_release(seq, "sequence", (seq.sequence + 1) & 0xFFFF_FFFF)
+        smp_store_release(seq, "sequence", (seq.sequence + 1) & mm_lock_seq_largest())
     else:
-        do_raw_write_seqcount_end(mm.mm_lock_seq)
+        do_raw_write_seqcount_end(mm.mm_lock_seq, mm_lock_seq_largest())
 
 
 def mmap_lock_speculate_try_begin(mm: MmStruct) -> tuple[bool, int]:

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import attrs
 
-from kmodel.core import Pooled, atomic, initcall, kernel_struct, shared_int
+from kmodel.core import Pooled, atomic, initcall, kernel_struct, shared_int, untraced
 from kmodel.mm import vma_lock
 from kmodel.mm.flags import (
     PAGE_SHIFT,
@@ -69,6 +69,12 @@ class VmAreaStruct(Pooled):
     # 0 detached, 1 attached, more: readers; see vma_lock.py for the rest
     vm_refcnt: int = atomic(default=0)
 
+    # Until 6.14, instead (mm/vma_lock_v8.py): a VmaLock for the VMA's life; and whether the VMA is in
+    # no tree,
+    # written under mmap_lock (write) and, to detach, the VMA write lock
+    vm_lock: Any = untraced(default=None)
+    detached: bool = False
+
     __hash__ = object.__hash__
 
 
@@ -77,10 +83,15 @@ vm_area_cachep: KmemCache
 
 @initcall
 def vma_state_init() -> None:
-    """Create the cache, SLAB_TYPESAFE_BY_RCU, with the free pointer over vm_start."""
+    """Create the cache, SLAB_TYPESAFE_BY_RCU (if the VMA lock can bear that), with the free pointer over
+    vm_start.
+    """
     global vm_area_cachep
     vm_area_cachep = kmem_cache_create(
-        "vm_area_struct", VmAreaStruct, typesafe_by_rcu=True, freeptr_fields=("vm_start",)
+        "vm_area_struct",
+        VmAreaStruct,
+        typesafe_by_rcu=vma_lock.implementation.VMA_TYPESAFE_BY_RCU,
+        freeptr_fields=("vm_start",),
     )
 
 
@@ -98,6 +109,9 @@ def vm_area_alloc(mm: MmStruct) -> VmAreaStruct | None:
     vma: VmAreaStruct | None = kmem_cache_zalloc(vm_area_cachep)
     if vma is not None:
         vma_init(vma, mm)
+        if not vma_lock.vma_lock_alloc(vma):
+            kmem_cache_free(vm_area_cachep, vma)
+            return None
     return vma
 
 
@@ -108,6 +122,9 @@ def vm_area_dup(orig: VmAreaStruct) -> VmAreaStruct | None:
     """
     new: VmAreaStruct | None = kmem_cache_alloc(vm_area_cachep)
     if new is None:
+        return None
+    if not vma_lock.vma_lock_alloc(new):
+        kmem_cache_free(vm_area_cachep, new)
         return None
     new.vm_mm = orig.vm_mm
     new.vm_ops = orig.vm_ops
@@ -127,8 +144,15 @@ def vm_area_dup(orig: VmAreaStruct) -> VmAreaStruct | None:
 
 
 def vm_area_free(vma: VmAreaStruct) -> None:
-    """Free a detached VMA. No grace period: the memory may be another VMA at once (V1)."""
+    """Free a detached VMA. No grace period: the memory may be another VMA at once (V1); until 6.14 there was
+    one.
+    """
     vma_lock.vma_assert_detached(vma)
+    vma_lock.vma_free_rcu(vma, __vm_area_free)
+
+
+def __vm_area_free(vma: VmAreaStruct) -> None:
+    vma_lock.vma_lock_free(vma)
     kmem_cache_free(vm_area_cachep, vma)
 
 

@@ -1,20 +1,22 @@
 """The per-VMA lock by its kernel names, whichever variant is behind them; lock_vma_under_rcu().
 
 Models:      include/linux/mmap_lock.h, vma_start_read and friends; mm/mmap_lock.c, lock_vma_under_rcu (7.2)
-Guards:      see the variant (mm/vma_refcnt.py)
+Guards:      see the variant: mm/vma_refcnt.py (6.15 on), mm/vma_lock_v8.py (6.4 to 6.14) or
+             mm/vma_lock_seq.py (proposed in 2024)
 Invariants:  L1 every failure to read-lock is answered by taking mmap_lock: none is an error
              L2 a reader never waits for mmap_lock while it holds a VMA lock (H38)
-Leaves out:  docs/limits.d/mm.md: one variant so far
+Leaves out:  nothing of its own
 Read next:   mm/vma_refcnt.py
 
-`implementation` is the variant: a module with these functions. Change it only while no task runs.
+`implementation` is the variant: a module with these functions. vma_lock_variant() changes it.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from kmodel.core import (
-    BUG_ON,
-    READ_ONCE,
     WARN_ON_ONCE,
     PerCpu,
     Pooled,
@@ -36,6 +38,18 @@ if TYPE_CHECKING:
     from kmodel.mm.vma import VmAreaStruct
 
 implementation: Any = vma_refcnt
+
+
+@contextmanager
+def vma_lock_variant(module: ModuleType) -> Iterator[None]:
+    """Run the block with another VMA lock. The block boots first: VMAs' memory depends on the lock."""
+    global implementation
+    before, implementation = implementation, module
+    try:
+        yield
+    finally:
+        implementation = before
+
 
 _ADDRESS = guards.register(
     "no-vma-address-check", "H34: the VMA shrank, moved or was reused before it was locked; a fault is wrong"
@@ -82,6 +96,21 @@ def vma_lock_init(vma: "VmAreaStruct", reset_refcnt: bool) -> None:
     implementation.vma_lock_init(vma, reset_refcnt)
 
 
+def vma_lock_alloc(vma: "VmAreaStruct") -> bool:
+    """Get what the lock needs beside the VMA; False without memory."""
+    return bool(implementation.vma_lock_alloc(vma))
+
+
+def vma_lock_free(vma: "VmAreaStruct") -> None:
+    """Give it back. Nobody can know the VMA any more."""
+    implementation.vma_lock_free(vma)
+
+
+def vma_free_rcu(vma: "VmAreaStruct", free: "Callable[[VmAreaStruct], None]") -> None:
+    """Have free(vma) called when the lock allows it: at once, or after a grace period."""
+    implementation.vma_free_rcu(vma, free)
+
+
 def vma_start_read(mm: MmStruct, vma: "VmAreaStruct") -> "VmAreaStruct | int | None":
     """Read-lock a VMA found in mm's tree, inside RCU: the VMA, still inside RCU; else, with RCU LEFT, None
     (busy) or -EAGAIN (detached: look it up again).
@@ -110,8 +139,8 @@ def vma_start_write_killable(vma: "VmAreaStruct") -> int:
 
 
 def vma_is_attached(vma: "VmAreaStruct") -> bool:
-    """Whether the VMA is in a tree, as its count says."""
-    return bool(READ_ONCE(vma, "vm_refcnt"))
+    """Whether the VMA is in a tree, as its count (or flag) says."""
+    return bool(implementation.vma_is_attached(vma))
 
 
 def vma_mark_attached(vma: "VmAreaStruct") -> bool:
@@ -184,33 +213,12 @@ def lock_vma_under_rcu(mm: MmStruct, address: int) -> "VmAreaStruct | None":
 
 
 def vma_state_in_words(vma: "VmAreaStruct") -> str:
-    """What vm_refcnt (and vm_lock_seq) say, for dumps. Not an access."""
-    count = raw_get(vma, "vm_refcnt")
-    flag = vma_refcnt.VM_REFCNT_EXCLUDE_READERS_FLAG
-    mm = raw_get(vma, "vm_mm")
-    locked = mm is not None and raw_get(vma, "vm_lock_seq") == raw_get(mm.mm_lock_seq, "sequence")
-    if count == 0:
-        return "detached"
-    if count == 1:
-        return "attached, " + ("write-locked" if locked else "unlocked")
-    if 1 < count < flag:
-        if locked:
-            return f"attached, write-locked, {count - 1} readers about to back out"
-        return f"attached, {count - 1} readers"
-    if count == flag:
-        return "detaching, no reader left"
-    if count == flag + 1:
-        return "being write-locked, no reader left (or detaching, one temporary reader left)"
-    if count > flag:
-        return f"a writer waits for {count - flag - 1} readers (or a detacher for {count - flag})"
-    return f"impossible: vm_refcnt {count}"
+    """What vm_refcnt and vm_lock_seq, or the older lock's words, say; for dump_vma(). Not an access."""
+    return str(implementation.vma_state_in_words(vma))
 
 
 def check_invariants(vma: "VmAreaStruct") -> None:
-    """The value of vm_refcnt is one of the table's; a detached VMA has no reader. At any time, even by
+    """The state is one that the lock knows, such as the values of vm_refcnt's table. At any time, even by
     engines.
     """
-    count = raw_get(vma, "vm_refcnt")
-    BUG_ON(
-        not 0 <= count < 2 * vma_refcnt.VM_REFCNT_EXCLUDE_READERS_FLAG, f"V3: vm_refcnt {count} of {vma!r}"
-    )
+    implementation.check_invariants(vma)

@@ -20,11 +20,13 @@ Read next:   mm/vma_lock.py for the names all variants share and for lock_vma_un
     above F+1           a writer or detacher waits for readers; the count can only fall
 """
 
+from collections.abc import Callable
 from errno import EAGAIN
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from kmodel.core import (
+    BUG_ON,
     NO_STORE,
     READ_ONCE,
     TASK_KILLABLE,
@@ -32,11 +34,12 @@ from kmodel.core import (
     WARN_ON_ONCE,
     WRITE_ONCE,
     guards,
+    raw_get,
     rmw,
     smp_load_acquire,
 )
 from kmodel.mm.mm_struct import MmStruct, mmdrop, mmgrab
-from kmodel.mm.mmap_lock import mmap_assert_locked, mmap_assert_write_locked
+from kmodel.mm.mmap_lock import mm_lock_seq_largest, mmap_assert_locked, mmap_assert_write_locked
 from kmodel.rcu import rcu_read_unlock
 from kmodel.sync import (
     __refcount_dec_and_test,
@@ -54,7 +57,8 @@ if TYPE_CHECKING:
 
 VM_REFCNT_EXCLUDE_READERS_FLAG: Final = 1 << 30
 VM_REFCNT_LIMIT: Final = VM_REFCNT_EXCLUDE_READERS_FLAG - 1
-VMA_LOCK_SEQ_INIT: Final = 0xFFFF_FFFF  # odd, so no unlocked mm_lock_seq equals it
+VMA_TYPESAFE_BY_RCU: Final = True
+"""A freed VMA is another at once; without, readers inside RCU keep it from that (see mm/vma.py)."""
 
 _ACQUIRE = guards.register(
     "no-vma-inc-acquire", "H35: vm_lock_seq and vm_mm are read before the count is taken, and stale"
@@ -98,7 +102,26 @@ def vma_lock_init(vma: "VmAreaStruct", reset_refcnt: bool) -> None:
     """A VMA is being made: detached, not write-locked."""
     if reset_refcnt:
         refcount_set(vma, "vm_refcnt", 0)
-    vma.vm_lock_seq = VMA_LOCK_SEQ_INIT
+    vma.vm_lock_seq = mm_lock_seq_largest()
+
+
+def vma_lock_alloc(vma: "VmAreaStruct") -> bool:
+    """The count is in the VMA: there is nothing to allocate."""
+    return True
+
+
+def vma_lock_free(vma: "VmAreaStruct") -> None:
+    """Nor to free."""
+
+
+def vma_free_rcu(vma: "VmAreaStruct", free: "Callable[[VmAreaStruct], None]") -> None:
+    """Nobody waits for readers: see VMA_TYPESAFE_BY_RCU."""
+    free(vma)
+
+
+def vma_is_attached(vma: "VmAreaStruct") -> bool:
+    """Whether the count says so."""
+    return bool(READ_ONCE(vma, "vm_refcnt"))
 
 
 def vma_start_read(mm: MmStruct, vma: "VmAreaStruct") -> "VmAreaStruct | int | None":
@@ -288,3 +311,35 @@ def vma_mark_detached(vma: "VmAreaStruct") -> None:
     _error, exclusive = __vma_start_exclude_readers(vma, TASK_UNINTERRUPTIBLE, detaching=True)
     if exclusive:
         WARN_ON_ONCE(not __vma_end_exclude_readers(vma), "a detached VMA still has readers")
+
+
+# ------------------------------------------------------------------------------------------------ in words
+
+
+def vma_state_in_words(vma: "VmAreaStruct") -> str:
+    """What vm_refcnt and vm_lock_seq say: the row of the table. Not an access."""
+    count = raw_get(vma, "vm_refcnt")
+    flag = VM_REFCNT_EXCLUDE_READERS_FLAG
+    mm = raw_get(vma, "vm_mm")
+    locked = mm is not None and raw_get(vma, "vm_lock_seq") == raw_get(mm.mm_lock_seq, "sequence")
+    if count == 0:
+        return "detached"
+    if count == 1:
+        return "attached, " + ("write-locked" if locked else "unlocked")
+    if 1 < count < flag:
+        if locked:
+            return f"attached, write-locked, {count - 1} readers about to back out"
+        return f"attached, {count - 1} readers"
+    if count == flag:
+        return "detaching, no reader left"
+    if count == flag + 1:
+        return "being write-locked, no reader left (or detaching, one temporary reader left)"
+    if count > flag:
+        return f"a writer waits for {count - flag - 1} readers (or a detacher for {count - flag})"
+    return f"impossible: vm_refcnt {count}"
+
+
+def check_invariants(vma: "VmAreaStruct") -> None:
+    """V3: the value of vm_refcnt is one of the table's. Not an access."""
+    count = raw_get(vma, "vm_refcnt")
+    BUG_ON(not 0 <= count < 2 * VM_REFCNT_EXCLUDE_READERS_FLAG, f"V3: vm_refcnt {count} of {vma!r}")

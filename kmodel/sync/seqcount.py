@@ -132,20 +132,20 @@ def read_seqcount_retry(s: Seqcount, start: int) -> bool:
 # ------------------------------------------------------------------------------------------------ writers
 
 
-def do_raw_write_seqcount_begin(s: Seqcount) -> None:
-    """Make the count odd, before anything else changes."""
+def do_raw_write_seqcount_begin(s: Seqcount, largest: int = _U32) -> None:
+    """Make the count odd, before anything else changes. It wraps after `largest`, which is odd."""
     # seq++ is a plain access in C, inside a region that KCSAN takes as atomic: to the race oracle that is a
     # marked store.
-    WRITE_ONCE(s, "sequence", _immortal((s.sequence + 1) & _U32))
+    WRITE_ONCE(s, "sequence", _immortal((s.sequence + 1) & largest))
     if _WMB_BEGIN not in guards.removed:
         smp_wmb()
 
 
-def do_raw_write_seqcount_end(s: Seqcount) -> None:
+def do_raw_write_seqcount_end(s: Seqcount, largest: int = _U32) -> None:
     """Make the count even, after everything else has changed."""
     if _WMB_END not in guards.removed:
         smp_wmb()
-    WRITE_ONCE(s, "sequence", _immortal((s.sequence + 1) & _U32))
+    WRITE_ONCE(s, "sequence", _immortal((s.sequence + 1) & largest))
 
 
 def raw_write_seqcount_begin(s: Seqcount) -> None:
