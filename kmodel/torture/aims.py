@@ -22,7 +22,6 @@ AIMED_AT = frozenset(
         "no-tasks-trace-wait",
         "no-unregister-sync",
         "plain-get",
-        "rcu-wait",
         "srcu-second-scan",
     }
 )
