@@ -15,7 +15,6 @@ import mmap as prot
 from typing import Any
 
 from kmodel.core import boot, current
-from kmodel.explore import Verdict
 from kmodel.fs import PAGE_SIZE, File, filp_close, open_file
 from kmodel.hazards.catalogue import Scenario, register
 from kmodel.mm import MAP_FIXED, MmStruct, mmap, mprotect, munmap
@@ -136,8 +135,6 @@ _speculation(
     (hit_second_page, protect_second_page),
     "no-seqcount-rmb",
     memory="lkmm",
-    options={"max_executions": 60},
-    expected=Verdict.BOUNDED,
 )
 
 # ------------------------------------------------------------------------- H10: a VMA that is reused
