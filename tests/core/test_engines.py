@@ -320,3 +320,19 @@ def test_guards_come_back_and_unknown_ones_are_refused() -> None:
     assert "test-guard" not in guards.removed
     with pytest.raises(ValueError, match="unknown guard 'nonsense'"), guards.without("nonsense"):
         pass
+
+
+def test_a_thread_that_ends_takes_its_task_along() -> None:
+    """An adopted thread's task is gone with the thread, so that a later thread of the same number gets its
+    own.
+    """
+    import threading
+
+    tasks: list[Any] = []
+    for _ in range(3):
+        thread = threading.Thread(target=lambda: tasks.append(current()))
+        thread.start()
+        thread.join()
+
+    assert len(set(map(id, tasks))) == 3
+    assert not set(engine().tasks()) & set(tasks)
