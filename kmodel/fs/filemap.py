@@ -18,10 +18,18 @@ from kmodel.fs.page import Page, alloc_page, get_page, memcpy_from_page, put_pag
 from kmodel.sync import spin_lock, spin_unlock
 
 
+def _cached(mapping: AddressSpace, index: int) -> Page | None:
+    try:
+        page: Page = mapping.i_pages[index]
+    except KeyError:
+        return None
+    return page
+
+
 def filemap_get_page(mapping: AddressSpace, index: int) -> Page | None:
     """The cached page with a reference for the caller, or None if it is not cached."""
     spin_lock(mapping.i_pages_lock)
-    page: Page | None = mapping.i_pages[index] if index in mapping.i_pages else None
+    page = _cached(mapping, index)
     if page is not None:
         get_page(page)
     spin_unlock(mapping.i_pages_lock)
@@ -29,12 +37,12 @@ def filemap_get_page(mapping: AddressSpace, index: int) -> Page | None:
 
 
 def filemap_read_page(mapping: AddressSpace, index: int) -> Page | None:
-    """Read the page into the cache: it, with a reference for the caller, or None without memory. May sleep."""
+    """Read the page into the cache: it, with a reference for the caller, or None without memory. Sleeps."""
     page = alloc_page(read_mapping_page(mapping, index), mapping, index)
     if page is None:
         return None
     spin_lock(mapping.i_pages_lock)
-    raced: Page | None = mapping.i_pages[index] if index in mapping.i_pages else None
+    raced = _cached(mapping, index)
     if raced is None:
         get_page(page)  # the cache's
         mapping.i_pages[index] = page

@@ -98,8 +98,10 @@ class Siginfo:
 
 
 def handle_mm_fault(mm: MmStruct, address: int, *, write: bool = False, instruction: bool = False) -> int:
-    """A task of `mm` could not load from (store to, execute) `address`: make it possible. 0, or the VM_FAULT_*
-    bit of the signal it gets: VM_FAULT_SIGSEGV, VM_FAULT_SIGBUS, VM_FAULT_OOM; VM_FAULT_RETRY if it was killed.
+    """A task of `mm` could not load from (store to, execute) `address`: make it possible. 0, or the
+    VM_FAULT_*
+    bit of the signal it gets: VM_FAULT_SIGSEGV, VM_FAULT_SIGBUS, VM_FAULT_OOM; VM_FAULT_RETRY if it was
+    killed.
 
     do_user_addr_fault() says which signal and why. (The kernel's handle_mm_fault() is handle_vma_fault().)
     """

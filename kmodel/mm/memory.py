@@ -48,7 +48,7 @@ from kmodel.mm.mmap_lock import (
     mmap_read_trylock,
     mmap_read_unlock,
 )
-from kmodel.mm.page_table import Pte, pte_lock, pte_unlock, ptep_get, set_pte
+from kmodel.mm.page_table import Pte, pte_at, pte_lock, pte_unlock, ptep_get, set_pte
 from kmodel.mm.vma import VmAreaStruct, vma_is_anonymous
 from kmodel.mm.vma_iter import find_vma, find_vma_prev
 from kmodel.mm.vma_lock import vma_end_read
@@ -96,9 +96,11 @@ class VmFault:
 
 
 def handle_vma_fault(vma: VmAreaStruct, address: int, flags: int) -> int:
-    """Make the access of this kind at this address possible: 0 or VM_FAULT_* bits. The VMA is read-locked
-    (FAULT_FLAG_VMA_LOCK) or mmap_lock is held; the VMA allows the access, or the caller has the right to force
-    it. (The kernel's handle_mm_fault(); that name is the model's entry, see mm/fault.py.)
+    """Make the access of this kind at this address possible: 0 or VM_FAULT_* bits. (The kernel's
+    handle_mm_fault(); that name is the model's entry, see mm/fault.py.)
+
+    The VMA is read-locked (FAULT_FLAG_VMA_LOCK) or mmap_lock is held; the VMA allows the access, or the
+    caller has the right to force it.
     """
     mm = vma.vm_mm
     assert mm is not None
@@ -140,7 +142,8 @@ def __anon_vma_prepare(vma: VmAreaStruct) -> int:
 
 
 def vmf_anon_prepare(vmf: VmFault) -> int:
-    """The VMA gets its first private page: it needs an anon_vma, and that needs mmap_lock. 0, VM_FAULT_OOM, or
+    """The VMA gets its first private page: it needs an anon_vma, and that needs mmap_lock. 0, VM_FAULT_OOM,
+    or
     VM_FAULT_RETRY with the VMA's lock released.
     """
     if READ_ONCE(vmf.vma, "anon_vma") is not None:
@@ -163,7 +166,7 @@ def _enter(vmf: VmFault, page: Page, write: bool) -> bool:
     """Set the entry unless it changed (F1); it takes over the caller's reference. Whether it did."""
     pte = Pte(page, vmf.vma.vm_flags & VM_ACCESS_FLAGS, write)
     ptes = pte_lock(vmf.mm)
-    now = ptes[vmf.address] if vmf.address in ptes else None
+    now = pte_at(ptes, vmf.address)
     same = now is vmf.orig_pte or _removed(_RECHECK)
     old = set_pte(vmf.mm, vmf.address, pte) if same else None
     pte_unlock(vmf.mm)
@@ -175,7 +178,7 @@ def _enter(vmf: VmFault, page: Page, write: bool) -> bool:
 def _refresh(vmf: VmFault) -> None:
     """Let the entry allow what its mapping does (ptep_set_access_flags)."""
     ptes = pte_lock(vmf.mm)
-    pte = ptes[vmf.address] if vmf.address in ptes else None
+    pte = pte_at(ptes, vmf.address)
     if pte is not None and pte is vmf.orig_pte:
         ptes[vmf.address] = Pte(pte.page, vmf.vma.vm_flags & VM_ACCESS_FLAGS, pte.write)
     pte_unlock(vmf.mm)
@@ -297,7 +300,7 @@ def filemap_fault(vmf: VmFault, file: Any, mapping: Any) -> int:
     return 0
 
 
-# ------------------------------------------------------------------------------------------------ read-only pages
+# -------------------------------------------------------------------------------------------- read-only pages
 
 
 def do_wp_page(vmf: VmFault) -> int:
@@ -306,7 +309,7 @@ def do_wp_page(vmf: VmFault) -> int:
     assert pte is not None
     may_write = bool(vma.vm_flags & VM_WRITE)
     ptes = pte_lock(vmf.mm)
-    if (ptes[vmf.address] if vmf.address in ptes else None) is not pte:
+    if pte_at(ptes, vmf.address) is not pte:
         pte_unlock(vmf.mm)
         return 0
     page = pte.page

@@ -1,16 +1,19 @@
 """The page table: which page an address leads to, and what may be done there.
 
 Models:      mm/memory.c, zap_page_range, copy_page_range, set_pte_at; mm/mremap.c, move_page_tables;
-             mm/mprotect.c, change_protection; include/linux/mm.h, get_mm_counter; kernel/fork.c, check_mm (7.2)
+             mm/mprotect.c, change_protection; include/linux/mm.h, get_mm_counter; kernel/fork.c, check_mm
+             (7.2)
 Guards:      page_table_lock for everything here
 Invariants:  T1 an entry lies in a mapping (when mmap_lock and all VMA locks are free)
-             T2 an entry may be written only if its mapping may; in a private mapping its page is anonymous and
+             T2 an entry may be written only if its mapping may; in a private mapping its page is anonymous
+             and
              nobody else's
              T3 the RSS counters are the numbers of entries of each kind
-             T4 an entry holds a reference to its page (not to the page of zeroes), so no entry leads to a free one
-Leaves out:  levels of tables, one lock per table page (this is a kernel of few CPUs: one lock per mm), accessed
-             and dirty bits, swap entries, huge pages. A task's access to memory takes the lock (mm/uaccess.py):
-             that stands for the TLB, and for the flush that unmapping waits for
+             T4 an entry holds a reference to its page (not to the page of zeroes), so no entry leads to a
+             free one
+Leaves out:  levels of tables, and one lock per table page (this is a kernel for few CPUs: one lock per mm);
+             accessed and dirty bits, swap entries, huge pages. A task's access to memory takes the lock
+             (mm/uaccess.py): that stands for the TLB, and for the flush that unmapping waits for
 Read next:   mm/memory.py, which fills it
 
 Address to entry, a dict: only holders of the lock look into it.
@@ -75,11 +78,19 @@ def pte_unlock(mm: "MmStruct") -> None:
     spin_unlock(mm.pgd.page_table_lock)
 
 
+def pte_at(ptes: dict[int, Pte], address: int) -> Pte | None:
+    """The entry of a page. Table locked."""
+    # Not dict.get(): on free-threaded 3.13 it is slow on a dict of another thread.
+    try:
+        return ptes[address]
+    except KeyError:
+        return None
+
+
 def ptep_get(mm: "MmStruct", address: int) -> Pte | None:
     """The entry of a page, as it is at some moment; a page it names is not kept."""
     ptes = pte_lock(mm)
-    # Not dict.get(): on free-threaded 3.13 it is slow on a dict of another thread.
-    pte = ptes[address] if address in ptes else None
+    pte = pte_at(ptes, address)
     pte_unlock(mm)
     return pte
 
@@ -138,7 +149,8 @@ def _addresses(ptes: dict[int, Pte], start: int, end: int) -> list[int]:
 
 
 def zap_page_range(mm: "MmStruct", start: int, end: int) -> None:
-    """Forget the entries of [start, end). Nobody can fault there: mmap_lock and the VMAs are locked for writing,
+    """Forget the entries of [start, end). Nobody can fault there: mmap_lock and the VMAs are locked for
+    writing,
     or the VMAs are out of the tree; or whoever faults wants a new page (MADV_DONTNEED, mmap_lock (read)).
     """
     if not mm.pgd.ptes:

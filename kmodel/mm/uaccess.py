@@ -17,7 +17,7 @@ from kmodel.fs.page import Page, is_zero_page, memcpy_from_page, memcpy_to_page
 from kmodel.mm.fault import X86_PF_INSTR, X86_PF_USER, X86_PF_WRITE, Siginfo, do_user_addr_fault
 from kmodel.mm.flags import PAGE_MASK, VM_EXEC
 from kmodel.mm.mm_struct import MmStruct
-from kmodel.mm.page_table import Pte, pte_lock, pte_unlock
+from kmodel.mm.page_table import Pte, pte_at, pte_lock, pte_unlock
 
 
 class Signal(Exception):
@@ -60,7 +60,7 @@ def _access(mm: MmStruct, address: int, error_code: int, n: int, data: bytes) ->
     page_address, offset = address & PAGE_MASK, address & ~PAGE_MASK
     while True:
         ptes = pte_lock(mm)
-        pte = ptes[page_address] if page_address in ptes else None
+        pte = pte_at(ptes, page_address)
         allowed = _allows(pte, error_code)
         result = b""
         if allowed:

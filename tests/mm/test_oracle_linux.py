@@ -11,20 +11,13 @@ from kmodel.fs import open_file
 from kmodel.mm import (
     MREMAP_FIXED,
     MREMAP_MAYMOVE,
-    VM_MAYSHARE,
-    VM_SHARED,
-    anon_vma_prepare,
-    find_vma,
-    find_vma_prev,
     flags,
+    handle_mm_fault,
     mm_alloc,
     mmap,
-    mmap_read_lock,
-    mmap_read_unlock,
     mprotect,
     mremap,
     munmap,
-    vma_lookup,
 )
 from kmodel.mm.from_proc_maps import parse_maps
 from kmodel.mm.maple_tree import check_invariants
@@ -41,12 +34,8 @@ def prot_of(text):
 
 
 def touch(mm, address):
-    """A byte is written: a private mapping gets its anon_vma."""
-    mmap_read_lock(mm)
-    vma = vma_lookup(mm, address)
-    if not vma.vm_flags & (VM_SHARED | VM_MAYSHARE):
-        anon_vma_prepare(vma, find_vma_prev(mm, vma.vm_start)[1], find_vma(mm, vma.vm_end))
-    mmap_read_unlock(mm)
+    """A byte is written, where that is possible."""
+    handle_mm_fault(mm, address, write=True)
 
 
 def do(mm, files, step):
