@@ -108,8 +108,8 @@ class _Adopted:
         self.ident = ident
         self.task = task
 
-    def __del__(self) -> None:
-        tasks = _tasks_by_thread
+    def __del__(self, tasks: dict[int, TaskStruct] = _tasks_by_thread) -> None:
+        # The dict is a default so that it is still there when the interpreter takes its modules apart.
         if self.ident in tasks and tasks[self.ident] is self.task:
             del tasks[self.ident]
 
