@@ -158,6 +158,14 @@ class ExploreEngine(Execution):
                 loc.freed = self.freed_objects[root]
         return loc
 
+    def first_word_of(self, obj: Any) -> Loc | None:
+        """The first watched word of a struct, its own or of a struct in it; None: it has none."""
+        while not type(obj).__k_slots__:
+            if not type(obj).__k_embedded__:
+                return None
+            obj = getattr(obj, type(obj).__k_embedded__[0])
+        return self.loc_of(obj, next(iter(type(obj).__k_slots__)))
+
     def root_of(self, obj: Any) -> int:
         """The name of the outermost struct that `obj` is part of."""
         kid = obj._k_id

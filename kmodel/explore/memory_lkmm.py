@@ -114,9 +114,11 @@ class LkmmEngine(LkmmAccesses):
 
     def freed(self, obj: Any) -> None:
         me = self.cur
-        if me is None or not type(obj).__k_slots__:
+        if me is None:
             return
-        loc = self.loc_of(obj, next(iter(type(obj).__k_slots__)))
+        loc = self.first_word_of(obj)
+        if loc is None:
+            return
         me.kind, me.loc = FREE, loc
         d = self.point(me)
         clock = me.clock | 1 << d

@@ -29,9 +29,9 @@ class ScEngine(ScAccesses):
         me = self.cur
         if me is None:
             return
-        if not type(obj).__k_slots__:
+        loc = self.first_word_of(obj)
+        if loc is None:
             return
-        loc = self.loc_of(obj, next(iter(type(obj).__k_slots__)))
         me.kind, me.loc = FREE, loc
         d = self.point(me)
         old, clock = me.clock, me.clock | 1 << d

@@ -248,6 +248,8 @@ class ScAccesses(ExploreEngine):
         loc = self.loc_of(obj, field)
         me.kind, me.loc = LOCK, loc
         d = self.wait_until(me, _unlocked, f"waits for {type(obj).__name__}")
+        if loc.freed >= 0 and loc.get(obj) is POISON:  # type: ignore[misc]
+            self.oracles.use_after_free(me, d, loc, "locked")
         self._lock_races(me, loc)
         # The unlock that let it in enables this event, it does not race with it.
         me.clock |= loc.wclk
@@ -339,7 +341,8 @@ def _holds(me: Runner) -> bool:
 def _unlocked(me: Runner) -> bool:
     loc = me.loc
     assert loc is not None
-    return not loc.get(loc.obj)  # type: ignore[misc]
+    value = loc.get(loc.obj)  # type: ignore[misc]
+    return not value or value is POISON  # what a freed lock holds: nobody is going to unlock it
 
 
 def _may_differ(me: Runner) -> bool:
