@@ -27,9 +27,10 @@ class State:
     def __init__(self) -> None:
         boot()
         self.mm = MmStruct()
-        self.vma: Any = vm_area_alloc(self.mm)
-        vma_lock_alloc(self.vma)
-        self.vma.vm_file, self.vma.vm_pgoff = "file 0", 0
+        vma: Any = vm_area_alloc(self.mm)
+        vma_lock_alloc(vma)
+        vma.vm_file, vma.vm_pgoff = "file 0", 0
+        self.vma = vma
 
 
 def change(state: State, number: int = 1) -> None:
@@ -98,6 +99,7 @@ _speculation(
 _speculation(
     "speculate-mm-acquire",
     "Fields are read beside a writer who is gone when the reader asks whether there is one.",
+    "H19",
 )
 _speculation(
     "speculate-retry",
