@@ -13,9 +13,11 @@ docs/limits.d/rcu.md). The warning shows the reader's stack of now, whose functi
 the one that entered; record_entries(True) adds the exact line.
 """
 
+import faulthandler
+import re
 import sys
+import tempfile
 from collections.abc import Callable
-from types import FrameType
 from typing import Any, Final
 
 from kmodel.core import WARN, TaskStruct, engine, threads
@@ -23,6 +25,7 @@ from kmodel.core.report import log
 
 _FRAMES: Final = 8
 _ENTRY: Final = "rcu_entry"
+_FRAME: Final = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)')
 _ENGINE: Final = threads.__file__  # where a task's own functions end
 
 rcu_cpu_stall_timeout: float = 21.0
@@ -54,13 +57,22 @@ def _file(path: str) -> str:
 
 def stack_of(task: TaskStruct) -> str:
     """The functions that `task` is in now, innermost first."""
-    frame: FrameType | None = sys._current_frames().get(task.thread_ident)
-    if frame is None:
+    # Another thread's frames may not be walked while it runs (a free-threaded interpreter frees them under
+    # us); faulthandler stops all threads for as long as it writes.
+    with tempfile.TemporaryFile() as out:
+        faulthandler.dump_traceback(out)
+        out.seek(0)
+        text = out.read().decode(errors="replace")
+    header = f"Thread 0x{task.thread_ident:016x}"
+    _before, found, rest = text.partition(header)
+    if not found:
         return "no stack: its thread has ended inside the section"
     names: list[str] = []
-    while frame is not None and len(names) < _FRAMES and frame.f_code.co_filename != _ENGINE:
-        names.append(f"{frame.f_code.co_qualname} ({_file(frame.f_code.co_filename)}:{frame.f_lineno})")
-        frame = frame.f_back
+    for line in rest.partition("\n")[2].splitlines():
+        frame = _FRAME.match(line)
+        if frame is None or frame["file"] == _ENGINE or len(names) == _FRAMES:
+            break
+        names.append(f"{frame['function']} ({_file(frame['file'])}:{frame['line']})")
     return " < ".join(names)
 
 
