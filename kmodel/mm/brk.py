@@ -47,6 +47,8 @@ def brk(mm: MmStruct, new_brk: int) -> int:
         pass
     elif newbrk == oldbrk:
         mm.brk = result = new_brk
+    elif newbrk < oldbrk and find_vma_intersection(mm, newbrk, oldbrk) is None:
+        pass  # somebody unmapped the heap
     elif newbrk < oldbrk:
         # The end is set before the lock is downgraded; readers who get in then see the two agree.
         mm.brk = new_brk
@@ -75,6 +77,8 @@ def do_brk_flags(mm: MmStruct, addr: int, length: int) -> int:
     if get_unmapped_area(mm, addr, length, MAP_FIXED) < 0 or find_vma_intersection(mm, addr, end) is not None:
         return -ENOMEM
     prev, next_ = find_vma_prev(mm, addr)[1], find_vma(mm, addr)
+    if prev is not None and prev.vm_end <= mm.start_brk:
+        prev = None  # what lies below the heap does not become part of it
     vmg = VmaMergeStruct(mm, prev, next_, addr, end, addr >> PAGE_SHIFT, vm_flags, just_expand=True)
     if vma_merge_new_range(vmg) is None:
         vma = vm_area_alloc(mm)

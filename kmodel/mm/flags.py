@@ -34,6 +34,8 @@ VM_PFNMAP: Final = 0x400
 VM_MAYBE_GUARD: Final = 0x800
 VM_LOCKED: Final = 0x2000
 VM_IO: Final = 0x4000
+VM_SEQ_READ: Final = 0x8000
+VM_RAND_READ: Final = 0x1_0000
 VM_DONTCOPY: Final = 0x2_0000
 VM_DONTEXPAND: Final = 0x4_0000
 VM_ACCOUNT: Final = 0x10_0000
@@ -43,6 +45,10 @@ VM_WIPEONFORK: Final = 0x200_0000
 VM_DONTDUMP: Final = 0x400_0000
 VM_SOFTDIRTY: Final = 0x800_0000
 VM_MIXEDMAP: Final = 0x1000_0000
+VM_HUGEPAGE: Final = 0x2000_0000
+VM_NOHUGEPAGE: Final = 0x4000_0000
+VM_MERGEABLE: Final = 0x8000_0000
+VM_DROPPABLE: Final = 1 << 40
 VM_SEALED: Final = 1 << 42
 
 VM_ACCESS_FLAGS: Final = VM_READ | VM_WRITE | VM_EXEC
@@ -60,20 +66,46 @@ PROT_NONE: Final = 0
 PROT_READ: Final = _mman.PROT_READ
 PROT_WRITE: Final = _mman.PROT_WRITE
 PROT_EXEC: Final = _mman.PROT_EXEC
+PROT_SEM: Final = 0x8
+PROT_GROWSDOWN: Final = 0x100_0000
+PROT_GROWSUP: Final = 0x200_0000
 
 MAP_SHARED: Final = _mman.MAP_SHARED
 MAP_PRIVATE: Final = _mman.MAP_PRIVATE
 MAP_SHARED_VALIDATE: Final = 0x3
+MAP_DROPPABLE: Final = 0x8
 MAP_TYPE: Final = 0xF
 MAP_FIXED: Final = 0x10
 MAP_ANONYMOUS: Final = 0x20
 MAP_GROWSDOWN: Final = 0x100
 MAP_LOCKED: Final = 0x2000
 MAP_NORESERVE: Final = 0x4000
+MAP_STACK: Final = 0x2_0000
 MAP_FIXED_NOREPLACE: Final = 0x10_0000
 
 MREMAP_MAYMOVE: Final = 1
 MREMAP_FIXED: Final = 2
+MREMAP_DONTUNMAP: Final = 4
+
+MADV_NORMAL: Final = 0
+MADV_RANDOM: Final = 1
+MADV_SEQUENTIAL: Final = 2
+MADV_WILLNEED: Final = 3
+MADV_DONTNEED: Final = 4
+MADV_FREE: Final = 8
+MADV_DONTFORK: Final = 10
+MADV_DOFORK: Final = 11
+MADV_MERGEABLE: Final = 12
+MADV_UNMERGEABLE: Final = 13
+MADV_HUGEPAGE: Final = 14
+MADV_NOHUGEPAGE: Final = 15
+MADV_DONTDUMP: Final = 16
+MADV_DODUMP: Final = 17
+MADV_WIPEONFORK: Final = 18
+MADV_KEEPONFORK: Final = 19
+MADV_COLD: Final = 20
+MADV_PAGEOUT: Final = 21
+MADV_DONTNEED_LOCKED: Final = 24
 
 
 def PAGE_ALIGN(length: int) -> int:
@@ -93,4 +125,8 @@ def calc_vm_prot_bits(prot: int) -> int:
 
 def calc_vm_flag_bits(flags: int) -> int:
     """MAP_ bits that become VM_ bits."""
-    return (VM_GROWSDOWN if flags & MAP_GROWSDOWN else 0) | (VM_LOCKED if flags & MAP_LOCKED else 0)
+    return (
+        (VM_GROWSDOWN if flags & MAP_GROWSDOWN else 0)
+        | (VM_LOCKED if flags & MAP_LOCKED else 0)
+        | (VM_NOHUGEPAGE if flags & MAP_STACK else 0)
+    )

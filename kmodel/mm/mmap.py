@@ -47,6 +47,7 @@ from kmodel.fs import (
 from kmodel.mm import hooks, mm_struct
 from kmodel.mm.flags import (
     MAP_ANONYMOUS,
+    MAP_DROPPABLE,
     MAP_FIXED,
     MAP_FIXED_NOREPLACE,
     MAP_GROWSDOWN,
@@ -55,11 +56,14 @@ from kmodel.mm.flags import (
     MAP_PRIVATE,
     MAP_SHARED,
     MAP_SHARED_VALIDATE,
+    MAP_STACK,
     MAP_TYPE,
     PAGE_ALIGN,
     PAGE_SHIFT,
     PROT_WRITE,
     VM_ACCOUNT,
+    VM_DONTDUMP,
+    VM_DROPPABLE,
     VM_GROWSDOWN,
     VM_MAYEXEC,
     VM_MAYREAD,
@@ -67,6 +71,7 @@ from kmodel.mm.flags import (
     VM_MAYWRITE,
     VM_NORESERVE,
     VM_SHARED,
+    VM_WIPEONFORK,
     VM_WRITE,
     calc_vm_flag_bits,
     calc_vm_prot_bits,
@@ -113,13 +118,14 @@ LEGACY_MAP_MASK: Final = (
     MAP_SHARED
     | MAP_PRIVATE
     | MAP_FIXED
-    | MAP_FIXED_NOREPLACE
     | MAP_ANONYMOUS
     | MAP_GROWSDOWN
     | MAP_LOCKED
     | MAP_NORESERVE
-    | 0x1_8800  # MAP_DENYWRITE, MAP_POPULATE, MAP_NONBLOCK, ...
+    | MAP_STACK
+    | 0x7C05_9800  # MAP_DENYWRITE, MAP_EXECUTABLE, MAP_POPULATE, MAP_NONBLOCK, MAP_HUGETLB, its sizes
 )
+"""What MAP_SHARED_VALIDATE accepts: what there was when it was invented. MAP_FIXED_NOREPLACE is younger."""
 MAX_LFS_FILESIZE: Final = (1 << 63) - 1
 
 generic_file_vm_ops: Final = VmOperations()
@@ -220,8 +226,10 @@ def do_mmap(
                     return -EINVAL
                 pgoff = 0
                 vm_flags |= VM_SHARED | VM_MAYSHARE
-            case 2:  # MAP_PRIVATE: neighbours that were mapped one by one line up
+            case 2 | 8:  # MAP_PRIVATE or MAP_DROPPABLE: neighbours that were mapped one by one line up
                 pgoff = addr >> PAGE_SHIFT
+                if flags & MAP_DROPPABLE:
+                    vm_flags |= VM_DROPPABLE | VM_NORESERVE | VM_WIPEONFORK | VM_DONTDUMP
             case _:
                 return -EINVAL
     if flags & MAP_NORESERVE:

@@ -7,21 +7,32 @@ Leaves out:  protection keys, W^X policies, charging (only its flag, VM_ACCOUNT)
 Read next:   mm/mremap.py
 """
 
-from errno import EACCES, EINTR, EINVAL, ENOMEM
+from errno import EACCES, EINTR, EINVAL, ENOMEM, EPERM
+from typing import Final
 
 from kmodel.fs import task_work_run
 from kmodel.mm import hooks
 from kmodel.mm.flags import (
     PAGE_ALIGN,
+    PROT_EXEC,
+    PROT_GROWSDOWN,
+    PROT_GROWSUP,
+    PROT_READ,
+    PROT_SEM,
+    PROT_WRITE,
     VM_ACCESS_FLAGS,
     VM_ACCOUNT,
+    VM_GROWSDOWN,
     VM_HUGETLB,
     VM_NORESERVE,
+    VM_SEALED,
     VM_SHARED,
+    VM_STICKY,
     VM_WRITE,
     calc_vm_prot_bits,
     offset_in_page,
 )
+from kmodel.mm.maple_node import ULONG_MAX
 from kmodel.mm.mm_struct import MmStruct
 from kmodel.mm.mmap import _raise
 from kmodel.mm.mmap_lock import mmap_write_lock_killable, mmap_write_unlock
@@ -30,27 +41,44 @@ from kmodel.mm.vma_iter import VmaIterator, find_vma_prev, vma_find, vma_iter_in
 from kmodel.mm.vma_lock import vma_start_write
 from kmodel.mm.vma_merge import vma_modify, vmg_of
 
+_PROT_VALID: Final = PROT_READ | PROT_WRITE | PROT_EXEC | PROT_SEM
+
 
 def mprotect(mm: MmStruct, addr: int, length: int, prot: int) -> int:
     """Give [addr, addr + length) the access `prot`; 0. OSError with the kernel's errno; what comes before a
     hole is changed all the same.
     """
-    if offset_in_page(addr):
+    grows = prot & (PROT_GROWSDOWN | PROT_GROWSUP)
+    if grows == PROT_GROWSDOWN | PROT_GROWSUP or offset_in_page(addr):
         _raise(-EINVAL)
-    length = PAGE_ALIGN(length)
     if not length:
         return 0
+    end = addr + PAGE_ALIGN(length)
+    if end > ULONG_MAX:
+        _raise(-ENOMEM)
+    prot &= ~grows
+    if prot & ~_PROT_VALID:
+        _raise(-EINVAL)
     if mmap_write_lock_killable(mm):
         _raise(-EINTR)
-    error = do_mprotect(mm, addr, addr + length, prot)
+    error = do_mprotect(mm, addr, end, prot, grows)
     mmap_write_unlock(mm)
     task_work_run()
     return _raise(error)
 
 
-def do_mprotect(mm: MmStruct, start: int, end: int, prot: int) -> int:
+def do_mprotect(mm: MmStruct, start: int, end: int, prot: int, grows: int = 0) -> int:
     """mprotect of whole pages: 0 or a negative errno. mmap_lock (write)."""
     vmi = vma_iter_init(mm, start)
+    vma = vma_find(vmi, end)
+    if vma is None:
+        return -ENOMEM
+    if grows & PROT_GROWSDOWN:
+        start = vma.vm_start
+        if not vma.vm_flags & VM_GROWSDOWN:
+            return -EINVAL
+    elif vma.vm_start <= start and grows & PROT_GROWSUP:
+        return -EINVAL  # no stack grows up on x86
     at = start
     while at < end:
         vma_iter_set(vmi, at)
@@ -74,6 +102,8 @@ def mprotect_fixup(
 ) -> VmAreaStruct | int:
     """Change [start, end) of one VMA: the VMA that covers it afterwards, or an error."""
     oldflags = vma.vm_flags
+    if oldflags & VM_SEALED:
+        return -EPERM
     if newflags == oldflags:
         return vma
     if newflags & VM_WRITE:
@@ -92,6 +122,7 @@ def mprotect_fixup(
     if isinstance(modified, int):
         return modified
     vma_start_write(modified)
-    vm_flags_reset(modified, newflags)
+    # What it merged with may have had sticky flags.
+    vm_flags_reset(modified, newflags | modified.vm_flags & VM_STICKY)
     hooks.change_protection(modified, start, end)
     return modified

@@ -1,22 +1,25 @@
 """mremap(2): shrink, grow, move.
 
 Models:      mm/mremap.c, check_mremap_params, check_prep_vma, mremap_to, mremap_at, remap_move, move_vma;
-             mm/vma.c, copy_vma, vma_merge_extend (7.2)
+             dontunmap_complete; mm/vma.c, copy_vma (7.2)
 Guards:      mmap_lock (write); the source VMA is write-locked before its pages move
 Invariants:  G2 of mm/vma_merge.py
-Leaves out:  page tables (a hook moves what uprobes keep), MREMAP_DONTUNMAP, userfaultfd, mlock
+Leaves out:  page tables (a hook moves what uprobes keep), userfaultfd, mlock accounting
 Read next:   mm/brk.py
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from errno import EFAULT, EINTR, EINVAL, ENOMEM, EPERM
 
 import attrs
 
 from kmodel.fs import get_file, task_work_run
 from kmodel.mm import hooks, mm_struct
-from kmodel.mm.anon_vma import anon_vma_clone
+from kmodel.mm.anon_vma import anon_vma_clone, unlink_anon_vmas
 from kmodel.mm.flags import (
     MAP_FIXED,
+    MREMAP_DONTUNMAP,
     MREMAP_FIXED,
     MREMAP_MAYMOVE,
     PAGE_ALIGN,
@@ -24,16 +27,18 @@ from kmodel.mm.flags import (
     TASK_SIZE,
     VM_ACCOUNT,
     VM_DONTEXPAND,
+    VM_LOCKED,
     VM_MAYSHARE,
     VM_PFNMAP,
     VM_SEALED,
     VM_SHARED,
     offset_in_page,
 )
+from kmodel.mm.maple_node import ULONG_MAX
 from kmodel.mm.mm_struct import MmStruct
 from kmodel.mm.mmap import _raise
 from kmodel.mm.mmap_lock import mmap_write_lock_killable, mmap_write_unlock
-from kmodel.mm.unmapped_area import get_unmapped_area
+from kmodel.mm.unmapped_area import get_unmapped_area, round_hint_to_min
 from kmodel.mm.vma import (
     VmAreaStruct,
     vm_area_dup,
@@ -53,9 +58,22 @@ from kmodel.mm.vma_iter import (
     vma_lookup,
 )
 from kmodel.mm.vma_lock import vma_start_write
-from kmodel.mm.vma_merge import vma_merge_new_range, vmg_of
+from kmodel.mm.vma_merge import vma_merge_extend, vma_merge_new_range, vmg_of
 from kmodel.mm.vma_prepare import vma_link_file
 from kmodel.mm.vma_unmap import do_munmap
+
+_unaccounts = False
+
+
+@contextmanager
+def older_dontunmap() -> Iterator[None]:
+    """Run the block with the MREMAP_DONTUNMAP of 6.18 and before: what it leaves behind loses VM_ACCOUNT."""
+    global _unaccounts
+    before, _unaccounts = _unaccounts, True
+    try:
+        yield
+    finally:
+        _unaccounts = before
 
 
 @attrs.define(eq=False)
@@ -72,12 +90,13 @@ class VmaRemapStruct:
 
     @property
     def implies_new_addr(self) -> bool:
-        return bool(self.flags & MREMAP_FIXED)
+        return bool(self.flags & (MREMAP_FIXED | MREMAP_DONTUNMAP))
 
 
 def mremap(mm: MmStruct, old_addr: int, old_len: int, new_len: int, flags: int, new_addr: int = 0) -> int:
     """Resize or move the mapping at old_addr; its address afterwards. OSError with the kernel's errno."""
-    vrm = VmaRemapStruct(mm, old_addr, PAGE_ALIGN(old_len), PAGE_ALIGN(new_len), flags, new_addr)
+    old_len, new_len = PAGE_ALIGN(old_len) & ULONG_MAX, PAGE_ALIGN(new_len) & ULONG_MAX
+    vrm = VmaRemapStruct(mm, old_addr, old_len, new_len, flags, new_addr)
     error = check_mremap_params(vrm)
     if error:
         _raise(error)
@@ -91,7 +110,7 @@ def mremap(mm: MmStruct, old_addr: int, old_len: int, new_len: int, flags: int, 
 
 def check_mremap_params(vrm: VmaRemapStruct) -> int:
     """What can be refused without looking at a mapping."""
-    if vrm.flags & ~(MREMAP_FIXED | MREMAP_MAYMOVE) or offset_in_page(vrm.addr):
+    if vrm.flags & ~(MREMAP_FIXED | MREMAP_MAYMOVE | MREMAP_DONTUNMAP) or offset_in_page(vrm.addr):
         return -EINVAL
     if not 0 < vrm.new_len <= TASK_SIZE:
         return -EINVAL
@@ -101,17 +120,19 @@ def check_mremap_params(vrm: VmaRemapStruct) -> int:
         return -EINVAL
     if not vrm.flags & MREMAP_MAYMOVE:
         return -EINVAL
-    if vrm.addr + vrm.old_len > vrm.new_addr and vrm.new_addr + vrm.new_len > vrm.addr:
+    if vrm.flags & MREMAP_DONTUNMAP and vrm.old_len != vrm.new_len:
+        return -EINVAL
+    if (vrm.addr + vrm.old_len) & ULONG_MAX > vrm.new_addr and vrm.new_addr + vrm.new_len > vrm.addr:
         return -EINVAL  # they overlap
-    # Moving may split one VMA in three at both ends for a moment.
-    if vrm.mm.map_count + 2 >= mm_struct.sysctl_max_map_count - 3:
-        return -ENOMEM
     return 0
 
 
 def do_mremap(vrm: VmaRemapStruct) -> int:
     """The address or a negative errno. mmap_lock (write)."""
-    if vrm.implies_new_addr and vrm.old_len == vrm.new_len:
+    # Moving may split one VMA in three at both ends for a moment; nothing is unmapped before that is known.
+    if vrm.implies_new_addr and vrm.mm.map_count + 2 >= mm_struct.sysctl_max_map_count - 3:
+        return -ENOMEM
+    if vrm.flags & MREMAP_FIXED and vrm.old_len == vrm.new_len:
         return remap_move(vrm)
     vrm.vma = vma_lookup(vrm.mm, vrm.addr)
     error = check_prep_vma(vrm)
@@ -127,15 +148,17 @@ def check_prep_vma(vrm: VmaRemapStruct) -> int:
         return -EFAULT
     if vma.vm_flags & VM_SEALED:
         return -EPERM
+    if vrm.new_len <= vrm.old_len and not vrm.implies_new_addr:
+        return 0
     if not vrm.old_len and not vma.vm_flags & (VM_SHARED | VM_MAYSHARE):
         return -EINVAL
+    if vrm.flags & MREMAP_DONTUNMAP and vma.vm_flags & (VM_DONTEXPAND | VM_PFNMAP):
+        return -EINVAL
     # What moves or grows may not reach across the end of a mapping; what only goes away may.
-    kept = vrm.old_len
-    if vrm.new_len < vrm.old_len:
-        kept = vrm.new_len if vrm.implies_new_addr else 0
+    kept = min(vrm.old_len, vrm.new_len)
     if kept > vma.vm_end - vrm.addr:
         return -EFAULT
-    if vrm.new_len > vrm.old_len and vma.vm_flags & (VM_DONTEXPAND | VM_PFNMAP):
+    if vrm.new_len > kept and vma.vm_flags & (VM_DONTEXPAND | VM_PFNMAP):
         return -EFAULT
     return 0
 
@@ -168,20 +191,22 @@ def remap_move(vrm: VmaRemapStruct) -> int:
 
 
 def mremap_to(vrm: VmaRemapStruct) -> int:
-    """To a fixed address: what is there goes first."""
-    error = do_munmap(vrm.mm, vrm.new_addr, vrm.new_len)
-    if error:
-        return error
-    vrm.vma = vma_lookup(vrm.mm, vrm.addr)
-    if vrm.vma is None:
-        return -EFAULT
+    """To another address: what is there goes first if it is a fixed one."""
+    if vrm.flags & MREMAP_FIXED:
+        error = do_munmap(vrm.mm, vrm.new_addr, vrm.new_len)
+        if error:
+            return error
+        vrm.vma = vma_lookup(vrm.mm, vrm.addr)
+        if vrm.vma is None:
+            return -EFAULT
     if vrm.new_len < vrm.old_len:
         error = do_munmap(vrm.mm, vrm.addr + vrm.new_len, vrm.old_len - vrm.new_len)
         if error:
             return error
         vrm.old_len = vrm.new_len
         vrm.vma = vma_lookup(vrm.mm, vrm.addr)
-    vrm.new_addr = get_unmapped_area(vrm.mm, vrm.new_addr, vrm.new_len, MAP_FIXED)
+    fixed = MAP_FIXED if vrm.flags & MREMAP_FIXED else 0
+    vrm.new_addr = get_unmapped_area(vrm.mm, round_hint_to_min(vrm.new_addr), vrm.new_len, fixed)
     return vrm.new_addr if vrm.new_addr < 0 else move_vma(vrm)
 
 
@@ -196,9 +221,7 @@ def mremap_at(vrm: VmaRemapStruct) -> int:
         return error or vrm.addr
     delta = vrm.new_len - vrm.old_len
     if vrm.addr + vrm.old_len == vma.vm_end and _expandable(mm, vma, delta):
-        vmg = vmg_of(vma, vma, find_vma(mm, vma.vm_end), vma.vm_end, vma.vm_end + delta)
-        vmg.middle = None
-        if vma_merge_new_range(vmg) is None:
+        if vma_merge_extend(vma, delta) is None:
             return -ENOMEM
         mm.total_vm += delta >> PAGE_SHIFT
         return vrm.addr
@@ -230,8 +253,11 @@ def move_vma(vrm: VmaRemapStruct) -> int:
         return -ENOMEM
     hooks.move_pages(mm, vrm.addr, vrm.new_addr, vrm.old_len)
     mm.total_vm += vrm.new_len >> PAGE_SHIFT
-    error = unmap_source_vma(vrm)
-    return error or vrm.new_addr
+    if vrm.flags & MREMAP_DONTUNMAP:
+        dontunmap_complete(vrm, new_vma)
+    else:
+        unmap_source_vma(vrm)
+    return vrm.new_addr
 
 
 def copy_vma(vrm: VmaRemapStruct) -> VmAreaStruct | None:
@@ -272,7 +298,7 @@ def copy_vma(vrm: VmaRemapStruct) -> VmAreaStruct | None:
     return new_vma
 
 
-def unmap_source_vma(vrm: VmaRemapStruct) -> int:
+def unmap_source_vma(vrm: VmaRemapStruct) -> None:
     """Unmap what was moved. Its accounting went along, so it may not be given back here."""
     mm, vma = vrm.mm, vrm.vma
     assert vma is not None
@@ -281,10 +307,19 @@ def unmap_source_vma(vrm: VmaRemapStruct) -> int:
     if accountable:
         vm_flags_clear(vma, VM_ACCOUNT)
     end = vrm.addr + vrm.old_len
-    error = do_munmap(mm, vrm.addr, vrm.old_len) if vrm.old_len else 0
+    if do_munmap(mm, vrm.addr, vrm.old_len):
+        return  # no memory to split it: the pages are gone, the empty mapping stays
     if accountable:
         for rest, split in ((vrm.addr - 1, vm_start < vrm.addr), (end, vm_end > end)):
             part = vma_lookup(mm, rest) if split else None
             if part is not None:
                 vm_flags_set(part, VM_ACCOUNT)
-    return error
+
+
+def dontunmap_complete(vrm: VmaRemapStruct, new_vma: VmAreaStruct) -> None:
+    """The source stays, empty: not locked, and with no private pages if all of it moved."""
+    vma = vrm.vma
+    assert vma is not None
+    vm_flags_clear(vma, VM_LOCKED | (VM_ACCOUNT if _unaccounts else 0))
+    if new_vma is not vma and vma.vm_start == vrm.addr and vma.vm_end == vrm.addr + vrm.old_len:
+        unlink_anon_vmas(vma)

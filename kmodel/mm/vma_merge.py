@@ -1,7 +1,8 @@
 """When two mappings become one, and how.
 
 Models:      mm/vma.c, is_mergeable_vma, is_mergeable_anon_vma, can_vma_merge_left / _right,
-             vma_merge_new_range, vma_merge_existing_range, vma_expand, commit_merge, vma_modify (7.2)
+             vma_merge_new_range, vma_merge_existing_range, vma_merge_extend, vma_expand, commit_merge,
+             vma_modify (7.2)
 Guards:      mmap_lock (write); every VMA that takes part gets its write lock before anything changes
 Invariants:  G1 a merge changes the tree by one store; G2 what the bounds, flags and offsets of the result say
              about any page is what they said before
@@ -26,7 +27,14 @@ from kmodel.mm.flags import PAGE_SHIFT, VM_SPECIAL, VM_STICKY
 from kmodel.mm.mm_struct import MmStruct
 from kmodel.mm.mmap_lock import mmap_assert_write_locked
 from kmodel.mm.vma import VmAreaStruct, vma_pages, vma_set_range
-from kmodel.mm.vma_iter import VmaIterator, vma_iter_init, vma_iter_prealloc, vma_iter_store_overwrite
+from kmodel.mm.vma_iter import (
+    VmaIterator,
+    find_vma,
+    vma_iter_clear,
+    vma_iter_init,
+    vma_iter_prealloc,
+    vma_iter_store_overwrite,
+)
 from kmodel.mm.vma_lock import vma_start_write
 from kmodel.mm.vma_prepare import VmaPrepare, split_vma, vma_complete, vma_prepare
 
@@ -170,6 +178,15 @@ def vma_merge_new_range(vmg: VmaMergeStruct) -> VmAreaStruct | None:
     return None
 
 
+def vma_merge_extend(vma: VmAreaStruct, delta: int) -> VmAreaStruct | None:
+    """Let a VMA grow upwards by `delta` free bytes, and merge with what it meets there; None: no memory."""
+    mm = vma.vm_mm
+    assert mm is not None
+    vmg = vmg_of(vma, vma, find_vma(mm, vma.vm_end), vma.vm_end, vma.vm_end + delta)
+    vmg.middle = None
+    return vma_merge_new_range(vmg)
+
+
 def vma_expand(vmg: VmaMergeStruct) -> int:
     """Let vmg.target cover [vmg.start, vmg.end), swallowing next if that is inside: 0 or -ENOMEM."""
     target, next_ = vmg.target, vmg.next
@@ -195,8 +212,6 @@ def vma_shrink(mm: MmStruct, vma: VmAreaStruct, start: int, end: int, pgoff: int
     vma_start_write(vma)
     vp = VmaPrepare(vma, vma.vm_file)
     vma_prepare(vp)
-    from kmodel.mm.vma_iter import vma_iter_clear
-
     vma_iter_clear(vmi)
     vma_set_range(vma, start, end, pgoff)
     vma_complete(vp, vmi, mm)
