@@ -26,6 +26,13 @@ the reader is interested in. What it costs is a barrier in vma_start_write(), an
 4 without it fields are changed before the VMA is marked: up_write() lets later stores pass (H17).
 
 And vm_lock_seq must not come back to v: see mm_lock_seq_bits() (H20).
+
+One order nobody wrote down: a reader that sees a mark must see a mm_lock_seq at least as new as the one it
+was
+made of, or 2 compares with a number of long ago. With the int that moves at unlock only, up_write() of one
+writer and down_write() of the next are all that is between the two stores. Real machines order them; of a
+release and an acquire on the same word the memory model does not say it (it does of spinlocks). With the
+sequence count there is the WMB of its begin.
 """
 
 from typing import TYPE_CHECKING
