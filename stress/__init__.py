@@ -1,1 +1,1 @@
-"""Stress programs: bounded under pytest, long by option (`python -m stress.NAME --help`); they import kmodel."""
+"""Stress programs: bounded under pytest, long by option (`python -m stress.NAME --help`)."""
