@@ -8,6 +8,7 @@ from kmodel.mm.anon_vma import (
 from kmodel.mm.brk import (
     brk,
 )
+from kmodel.mm.debug import dump_vma
 from kmodel.mm.dup_mmap import (
     fork,
 )
@@ -172,6 +173,7 @@ from kmodel.mm.mmap import (
     munmap,
 )
 from kmodel.mm.mmap_lock import (
+    mm_lock_seq_bits,
     mm_lock_seqcount_begin,
     mm_lock_seqcount_end,
     mmap_assert_locked,
@@ -248,6 +250,7 @@ from kmodel.mm.vma_lock import (
     vma_end_read,
     vma_is_attached,
     vma_lock_statistics,
+    vma_lock_variant,
     vma_mark_attached,
     vma_mark_detached,
     vma_start_read,
@@ -377,6 +380,7 @@ __all__ = [
     "do_mmap",
     "do_munmap",
     "do_user_addr_fault",
+    "dump_vma",
     "exit_mmap",
     "find_vma",
     "find_vma_intersection",
@@ -406,6 +410,7 @@ __all__ = [
     "mas_store_prealloc",
     "mas_walk",
     "mm_alloc",
+    "mm_lock_seq_bits",
     "mm_lock_seqcount_begin",
     "mm_lock_seqcount_end",
     "mmap",
@@ -466,6 +471,7 @@ __all__ = [
     "vma_iter_init",
     "vma_iter_set",
     "vma_lock_statistics",
+    "vma_lock_variant",
     "vma_lookup",
     "vma_mark_attached",
     "vma_mark_detached",
