@@ -1,11 +1,14 @@
 """struct page: a frame of memory, with its contents.
 
-Models:      include/linux/mm_types.h, struct page; include/linux/mm.h, get_page / put_page / folio_put_testzero;
+Models:      include/linux/mm_types.h, struct page; include/linux/mm.h, get_page / put_page /
+             folio_put_testzero;
              mm/page_alloc.c, alloc_page (7.2)
 Guards:      `_refcount`: atomic; `contents`: one read-modify-write per store, as hardware does it; `mapping`
              and `index`: whoever owns the page, before others can find it
-Invariants:  G1 `_refcount` counts page table entries, the page cache's hold and temporary users; at 0 it is free
-Leaves out:  folios of more than one page, flags, `_mapcount`, LRU lists, zones; a slab cache stands in for the
+Invariants:  G1 `_refcount` counts page table entries, the page cache's hold and temporary users; at 0 it is
+             free
+Leaves out:  folios of more than one page, flags, `_mapcount`, LRU lists, zones; a slab cache stands in for
+             the
              page allocator, so that leaks, double frees and failed allocations work as for every object
 Read next:   fs/filemap.py, the page cache; mm/page_table.py
 

@@ -8,7 +8,8 @@ Invariants:  A1 an anon_vma lives while a VMA's chain names it
 Leaves out:  the reverse map itself (interval trees)
 Read next:   mm/vma_merge.py; mm/dup_mmap.py
 
-A fork gives the child an anon_vma of its own for pages it will copy, and keeps it on the parent's, whose pages
+A fork gives the child an anon_vma of its own for pages it will copy, and keeps it on the parent's, whose
+pages
 it maps as well: so its chain gets longer by one with every generation. Only chains of one may be passed on to
 a neighbour. A child of a fork takes over an ancestor's anon_vma that lost its last VMA instead of making
 another one, or a process that forks in turn with its children would make chains without end.
@@ -95,7 +96,7 @@ def anon_vma_unlock_write(anon_vma: AnonVma) -> None:
     up_write(anon_vma.root.rwsem)
 
 
-# ------------------------------------------------------------------------------------------------ the first page
+# --------------------------------------------------------------------------------------------- the first page
 
 
 def vma_is_fork_child(vma: "VmAreaStruct | None") -> bool:
@@ -159,7 +160,8 @@ def _reusable_anon_vma(old: "VmAreaStruct", a: "VmAreaStruct", b: "VmAreaStruct"
 
 
 def anon_vma_clone(dst: "VmAreaStruct", src: "VmAreaStruct") -> int:
-    """Let `dst` hold every anon_vma that `src` holds; 0. A `dst` without one of its own (a fork's) may get one
+    """Let `dst` hold every anon_vma that `src` holds; 0. A `dst` without one of its own (a fork's) may get
+    one
     whose VMAs are gone.
     """
     chain = src.anon_vma_chain
@@ -183,7 +185,8 @@ def anon_vma_clone(dst: "VmAreaStruct", src: "VmAreaStruct") -> int:
 
 
 def anon_vma_fork(vma: "VmAreaStruct", pvma: "VmAreaStruct") -> int:
-    """`vma` is the child's copy of `pvma`: it stays on the parent's anon_vmas, and gets one for pages of its own.
+    """`vma` is the child's copy of `pvma`: it stays on the parent's anon_vmas, and gets one for pages of its
+    own.
     0 or -ENOMEM.
     """
     if pvma.anon_vma is None:

@@ -5,10 +5,12 @@ Guards:      dup_mmap_sem (read) around it all; the parent's mmap_lock (write), 
              nobody else knows; each parent VMA's write lock before it is copied
 Invariants:  D1 no fault in the parent gets in between the first and the last copied page: the child's memory
              is the parent's at one moment
-             D2 whoever scans i_mmap under dup_mmap_sem (write) sees both parent and child, or a child that was
+             D2 whoever scans i_mmap under dup_mmap_sem (write) sees both parent and child, or a child that
+             was
              copied afterwards (H48)
              D3 after an error nothing is left of the child
-Leaves out:  __mt_dup (the child's tree is built store by store), the executable's file, RLIMITs, mlock, memory
+Leaves out:  __mt_dup (the child's tree is built store by store), the executable's file, RLIMITs, mlock,
+             memory
              policies, userfaultfd, KSM, huge pages, what fork copies beside memory
 Read next:   mm/page_table.py, copy_page_range; mm/fork.py
 """

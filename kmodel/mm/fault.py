@@ -68,7 +68,8 @@ X86_PF_WRITE: Final = 1 << 1
 X86_PF_USER: Final = 1 << 2
 X86_PF_INSTR: Final = 1 << 4
 
-_per_vma_lock = True
+per_vma_lock = True
+"""CONFIG_PER_VMA_LOCK. To be switched while no task runs."""
 
 
 @contextmanager
@@ -76,12 +77,12 @@ def mmap_lock_only() -> Iterator[None]:
     """Run the block as a kernel without CONFIG_PER_VMA_LOCK (before 6.4): every fault takes mmap_lock. To be
     switched while no task runs.
     """
-    global _per_vma_lock
-    before, _per_vma_lock = _per_vma_lock, False
+    global per_vma_lock
+    before, per_vma_lock = per_vma_lock, False
     try:
         yield
     finally:
-        _per_vma_lock = before
+        per_vma_lock = before
 
 
 @attrs.frozen
@@ -120,7 +121,7 @@ def do_user_addr_fault(mm: MmStruct, error_code: int, address: int) -> Siginfo |
     if error_code & X86_PF_INSTR:
         flags |= FAULT_FLAG_INSTRUCTION
 
-    vma = lock_vma_under_rcu(mm, address) if _per_vma_lock else None
+    vma = lock_vma_under_rcu(mm, address) if per_vma_lock else None
     if vma is not None:
         if access_error(error_code, vma):
             vma_end_read(vma)

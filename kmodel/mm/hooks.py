@@ -44,7 +44,9 @@ def uprobe_end_dup_mmap() -> None:
 
 
 def uprobe_dup_mmap(oldmm: Any, newmm: Any) -> None:
-    """A fork begins to copy: the child will have the parent's private pages; the parent's mmap_lock (write)."""
+    """A fork begins to copy: the child will have the parent's private pages; the parent's mmap_lock
+    (write).
+    """
 
 
 def uprobe_clear_state(mm: Any) -> None:

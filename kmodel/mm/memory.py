@@ -4,7 +4,7 @@ Models:      mm/memory.c, __handle_mm_fault, handle_pte_fault, do_anonymous_page
              do_cow_fault, do_shared_fault, do_wp_page, wp_page_copy, __vmf_anon_prepare; mm/filemap.c,
              filemap_fault; mm/shmem.c, shmem_fault (7.2)
 Guards:      the VMA's read lock (FAULT_FLAG_VMA_LOCK) or mmap_lock (read or write) for the mapping;
-             page_table_lock for the entry
+             the lock of the table that the entry is in
 Invariants:  F1 an entry is set only if it still is what the decision was made from (orig_pte)
              F2 VM_FAULT_RETRY means: the lock that was held is released already
              F3 under a VMA lock nothing waits for mmap_lock (H38)
@@ -165,11 +165,11 @@ def vmf_anon_prepare(vmf: VmFault) -> int:
 def _enter(vmf: VmFault, page: Page, write: bool) -> bool:
     """Set the entry unless it changed (F1); it takes over the caller's reference. Whether it did."""
     pte = Pte(page, vmf.vma.vm_flags & VM_ACCESS_FLAGS, write)
-    ptes = pte_lock(vmf.mm)
-    now = pte_at(ptes, vmf.address)
+    table = pte_lock(vmf.mm, vmf.address)
+    now = pte_at(table, vmf.address)
     same = now is vmf.orig_pte or _removed(_RECHECK)
-    old = set_pte(vmf.mm, vmf.address, pte) if same else None
-    pte_unlock(vmf.mm)
+    old = set_pte(table, vmf.address, pte) if same else None
+    pte_unlock(table)
     if old is not None:
         put_page(old)
     return same
@@ -177,11 +177,11 @@ def _enter(vmf: VmFault, page: Page, write: bool) -> bool:
 
 def _refresh(vmf: VmFault) -> None:
     """Let the entry allow what its mapping does (ptep_set_access_flags)."""
-    ptes = pte_lock(vmf.mm)
-    pte = pte_at(ptes, vmf.address)
+    table = pte_lock(vmf.mm, vmf.address)
+    pte = pte_at(table, vmf.address)
     if pte is not None and pte is vmf.orig_pte:
-        ptes[vmf.address] = Pte(pte.page, vmf.vma.vm_flags & VM_ACCESS_FLAGS, pte.write)
-    pte_unlock(vmf.mm)
+        table.ptes[vmf.address] = Pte(pte.page, vmf.vma.vm_flags & VM_ACCESS_FLAGS, pte.write)
+    pte_unlock(table)
 
 
 def _unstable(vmf: VmFault) -> bool:
@@ -308,22 +308,22 @@ def do_wp_page(vmf: VmFault) -> int:
     vma, pte = vmf.vma, vmf.orig_pte
     assert pte is not None
     may_write = bool(vma.vm_flags & VM_WRITE)
-    ptes = pte_lock(vmf.mm)
-    if pte_at(ptes, vmf.address) is not pte:
-        pte_unlock(vmf.mm)
+    table = pte_lock(vmf.mm, vmf.address)
+    if pte_at(table, vmf.address) is not pte:
+        pte_unlock(table)
         return 0
     page = pte.page
     shared = bool(vma.vm_flags & (VM_SHARED | VM_MAYSHARE))
     # Ours alone? Nobody can find it but by this entry, whose lock we hold.
     if shared or (page.anon and page_count(page) == 1):
         if may_write:
-            ptes[vmf.address] = Pte(page, vma.vm_flags & VM_ACCESS_FLAGS, True)
-        pte_unlock(vmf.mm)
+            table.ptes[vmf.address] = Pte(page, vma.vm_flags & VM_ACCESS_FLAGS, True)
+        pte_unlock(table)
         return 0
     counted = not is_zero_page(page)
     if counted:
         get_page(page)  # it may be unmapped while we copy
-    pte_unlock(vmf.mm)
+    pte_unlock(table)
     return wp_page_copy(vmf, page, counted, may_write)
 
 

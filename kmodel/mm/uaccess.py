@@ -1,8 +1,8 @@
 """What a task does with its memory: load, store, execute, and take the fault that comes of it.
 
 Models:      a processor: the walk of the page table, the fault, the access again
-Guards:      page_table_lock during the access: it stands for the TLB entry that unmapping flushes before the
-             page is freed
+Guards:      the page table's lock during the access: it stands for the TLB entry that unmapping flushes
+             before the page is freed
 Invariants:  U1 a load returns what the last store to the place left, in whichever mapping of the page it was
 Leaves out:  TLBs, alignment, atomic instructions, accesses across a page's end
 Read next:   mm/fault.py
@@ -59,8 +59,8 @@ def _load(page: Page, offset: int, n: int) -> bytes:
 def _access(mm: MmStruct, address: int, error_code: int, n: int, data: bytes) -> Any:
     page_address, offset = address & PAGE_MASK, address & ~PAGE_MASK
     while True:
-        ptes = pte_lock(mm)
-        pte = pte_at(ptes, page_address)
+        table = pte_lock(mm, page_address)
+        pte = pte_at(table, page_address)
         allowed = _allows(pte, error_code)
         result = b""
         if allowed:
@@ -69,7 +69,7 @@ def _access(mm: MmStruct, address: int, error_code: int, n: int, data: bytes) ->
                 memcpy_to_page(pte.page, offset, data)
             else:
                 result = _load(pte.page, offset, n)
-        pte_unlock(mm)
+        pte_unlock(table)
         if allowed:
             return result
         info = do_user_addr_fault(mm, error_code, address)

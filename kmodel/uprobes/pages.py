@@ -16,7 +16,7 @@ from kmodel.fs import PAGE_SHIFT, PAGE_SIZE, i_size_read, read_mapping_page
 from kmodel.fs.page import Page, memcpy_to_page
 from kmodel.mm import mmap_read_lock, mmap_read_unlock, vma_lookup
 from kmodel.mm.memory import VM_FAULT_OOM, faultin_private_page
-from kmodel.mm.page_table import ptep_get, zap_page_range
+from kmodel.mm.page_table import pte_table, ptep_get, zap_page_range
 from kmodel.uprobes.arch import UPROBE_SWBP_INSN_SIZE, is_trap_insn
 
 PAGE_MASK = ~(PAGE_SIZE - 1)
@@ -35,7 +35,7 @@ def offset_to_vaddr(vma: Any, offset: int) -> int:
 def find_page(mm: Any, vaddr: int) -> Page | None:
     """The private copy that covers the address, if there is one."""
     # Not even the lock is taken where no page was ever mapped.
-    if not mm.pgd.ptes:
+    if not pte_table(mm, vaddr).ptes:
         return None
     pte = ptep_get(mm, vaddr & PAGE_MASK)
     return pte.page if pte is not None and pte.page.anon else None

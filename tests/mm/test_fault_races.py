@@ -325,13 +325,13 @@ def test_fork_locks_the_parents_mappings(monkeypatch, gates):
         for number, address in enumerate(range_of(src_vma.vm_mm, src_vma.vm_start, src_vma.vm_end)):
             if number == 1 and guards.any_removed:
                 seen[-1].gate.stop()
-            ptes = pte_lock(src_vma.vm_mm)
-            pte = ptes[address] = Pte(ptes[address].page, ptes[address].prot, False)
+            table = pte_lock(src_vma.vm_mm, address)
+            pte = table.ptes[address] = Pte(table.ptes[address].page, table.ptes[address].prot, False)
             get_page(pte.page)
-            pte_lock(dst_vma.vm_mm)
-            set_pte(dst_vma.vm_mm, address, pte)
-            pte_unlock(dst_vma.vm_mm)
-            pte_unlock(src_vma.vm_mm)
+            childs = pte_lock(dst_vma.vm_mm, address)
+            set_pte(childs, address, pte)
+            pte_unlock(childs)
+            pte_unlock(table)
 
     monkeypatch.setattr(dup_mmap_module, "copy_page_range", slow_copy)
 
