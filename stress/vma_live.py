@@ -55,12 +55,15 @@ class Chooser:
         # A sequence uses few pages, or all: neighbours meet more often where there are few.
         self.pages = ARENA_PAGES
         self.few_kinds = False
+        self.plain = False
         self.heap = False
 
     def begin(self) -> list[Call]:
         """A new sequence begins: its first calls."""
         self.pages = self.random.choice((8, 16, 32, ARENA_PAGES))
-        self.few_kinds = self.random.random() < 0.5
+        self.few_kinds = self.random.random() < 0.6
+        # Mappings that only their private pages keep apart.
+        self.plain = self.few_kinds and self.random.random() < 0.6
         self.heap = "brk" in self.ops and self.random.random() < 0.25
         return [("heap", HEAP)] if self.heap else []
 
@@ -86,9 +89,17 @@ class Chooser:
     def _range(self, maps: Sequence[Line]) -> tuple[int, int]:
         """Address and length, nearly always whole pages inside the arena."""
         a, b = self._page(maps), self._page(maps)
-        if maps and self.random.random() < 0.25:
+        luck = self.random.random()
+        if maps and luck < 0.25:
             a, b = self.random.choice(maps)[:2]  # a whole mapping
-        a, b = min(a, b), max(a, b)
+        elif len(maps) > 1 and luck < 0.4:
+            i = self.random.randrange(1, len(maps))
+            a, b = maps[i - 1][1], maps[i][0]  # what is between two
+        elif maps and luck < 0.5:
+            start, end = self.random.choice(maps)[:2]  # a part of one
+            cut = self.random.randrange(start, end)
+            a, b = self.random.choice(((start, cut), (cut, end), (cut, cut + 1)))
+        a, b = min(a, b, ARENA_PAGES), min(max(a, b), ARENA_PAGES)
         if a == b:
             b = min(a + self.random.randrange(1, 5), ARENA_PAGES)
         addr, length = ARENA + a * PAGE, (b - a) * PAGE
@@ -108,6 +119,8 @@ class Chooser:
         return addr, length if length <= ARENA_PAGES * PAGE else self.random.choice(WRAPS)
 
     def _prot(self) -> int:
+        if self.plain:
+            return 3 if self.random.random() < 0.9 else 1
         if self.few_kinds:
             return self.random.choice((1, 3, 3))
         return self.random.choice((0, 1, 1, 2, 3, 3, 3, 3, 4, 5, 5, 6, 7))
@@ -121,6 +134,8 @@ class Chooser:
         if pick.random() < 0.08:
             file = pick.choice(("A2", "Ar", "Ar", "Aw"))
         kind = PRIVATE if pick.random() < 0.75 else SHARED
+        if self.plain and pick.random() < 0.95:
+            file, kind = (None if self.heap else pick.choice((None, None, "A"))), PRIVATE
         bits = kind | (ANON if file is None else 0)
         place = pick.random()
         if place < 0.8:
@@ -131,7 +146,7 @@ class Chooser:
             bits |= NOREPLACE
         if length >= 1 << 40 and not bits & (FIXED | NOREPLACE):
             length |= 1 << 47  # refused, not put where the process is
-        if pick.random() < 0.1:
+        if pick.random() < (0.02 if self.plain else 0.1):
             bits |= flags.MAP_NORESERVE
         if pick.random() < 0.04:
             bits |= pick.choice((flags.MAP_STACK, 0x80_0000, 0x800, 0x1000, 0x8, 0x400_0000))
@@ -142,7 +157,7 @@ class Chooser:
             file = file if file is not None else pick.choice((None, "B"))
         # Offsets that continue a neighbour, or close to them, so that file mappings merge.
         page = (addr - ARENA) // PAGE
-        if pick.random() < 0.3:
+        if pick.random() < (0.05 if self.plain else 0.3):
             page = pick.randrange(FILE_PAGES)
         elif pick.random() < 0.05:
             page = pick.choice((FILE_PAGES - 1, FILE_PAGES, 1 << 51, (1 << 51) - 1, (1 << 52) - 1))
@@ -164,6 +179,9 @@ class Chooser:
         pick = self.random
         addr, length = self._range(maps)
         to = ARENA + self._page(maps) * PAGE
+        if maps and pick.random() < 0.3:
+            below = ARENA + pick.choice(maps)[0] * PAGE - length  # so that it ends where another begins
+            to = below if ARENA <= below < ARENA + ARENA_PAGES * PAGE and below % PAGE == 0 else to
         room = (ARENA_PAGES - (to - ARENA) // PAGE) * PAGE
         kind = pick.random()
         new_length = length
@@ -199,7 +217,7 @@ class Chooser:
             advice = self.random.choice((5, 7, 26, 99, -1))
         return ("madvise", *self._range_in_arena(maps), advice)
 
-    def _touch(self, maps: Sequence[Line]) -> Call:
+    def _touch(self, maps: Sequence[Line]) -> tuple[str, int]:
         if maps and self.random.random() < 0.9:
             start, end = self.random.choice(maps)[:2]
             page = self.random.randrange(start, end)
@@ -208,7 +226,8 @@ class Chooser:
         return ("touch", ARENA + page * PAGE + self.random.randrange(PAGE))
 
     def _peek(self, maps: Sequence[Line]) -> Call:
-        return ("peek", self._touch(maps)[-1] & ~(PAGE - 1))
+        addr: int = self._touch(maps)[1]
+        return ("peek", addr & ~(PAGE - 1))
 
     def _brk(self, maps: Sequence[Line]) -> Call:
         return ("brk", HEAP + self.random.choice((-8, 0, 0, 1, 8, 100)) + self.random.randrange(0, 20) * PAGE)
@@ -222,7 +241,7 @@ class Chooser:
 
 
 def shorten(kernel: RunningKernel, model: Model, found: Difference) -> Difference:
-    """The difference again, after as few calls as cutting calls out of the sequence can make it."""
+    """The difference again, after as few and as small calls as leaving out and cutting down can make it."""
 
     def fails(calls: Sequence[Call]) -> Difference | None:
         try:
@@ -232,20 +251,43 @@ def shorten(kernel: RunningKernel, model: Model, found: Difference) -> Differenc
         return None
 
     best = fails(found.calls) or found
-    size = max(len(best.calls) // 2, 1)
-    while True:
-        calls, i, shorter = list(best.calls), 0, False
-        while i < len(calls):
-            attempt = calls[:i] + calls[i + size :]
-            difference = fails(attempt) if attempt else None
+    tries = 3000
+    smaller = True
+    while smaller:
+        smaller = False
+        for attempt in smaller_than(best.calls):
+            tries -= 1
+            difference = fails(attempt)
             if difference is not None:
-                best, calls, shorter = difference, list(difference.calls), True
-            else:
-                i += size
-        if size > 1:
-            size //= 2
-        elif not shorter:
-            return best
+                best, smaller = difference, True
+                break
+            if not tries:
+                return best
+    return best
+
+
+def smaller_than(calls: Sequence[Call]) -> Iterator[list[Call]]:
+    """Sequences like this one without some calls, most of them first; then with one call made smaller."""
+    count = len(calls)
+    size = count // 2
+    while size:
+        for i in range(0, count, size):
+            yield [*calls[:i], *calls[i + size :]]
+        size //= 2
+    if count <= 16:
+        for i in range(count):
+            for j in range(i + 1, count):
+                yield [*calls[:i], *calls[i + 1 : j], *calls[j + 1 :]]
+    for i, (name, *args) in enumerate(calls):
+        for k, value in enumerate(args):
+            if not isinstance(value, int) or value < PAGE:
+                continue
+            simpler = {value & ~(PAGE - 1)} - {value}
+            if value < ARENA:
+                simpler |= {PAGE, value // 2 & ~(PAGE - 1)} - {0, value}
+            for other in sorted(simpler):
+                if other < value:
+                    yield [*calls[:i], (name, *args[:k], other, *args[k + 1 :]), *calls[i + 1 :]]
 
 
 # ------------------------------------------------------------------------------------------------ running

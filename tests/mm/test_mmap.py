@@ -104,7 +104,7 @@ def test_mmap_refuses_what_the_kernel_refuses(mm, file):
         (EINVAL, 0, PAGE, RW, 0, file, 0),
         (EOVERFLOW, 0, PAGE, RW, MAP_PRIVATE, file, 1 << 52),
         (EACCES, 0, PAGE, RW, MAP_SHARED, read_only, 0),
-        (EOPNOTSUPP, 0, PAGE, PROT_READ, MAP_SHARED_VALIDATE | 1 << 30, file, 0),
+        (EOPNOTSUPP, 0, PAGE, PROT_READ, MAP_SHARED_VALIDATE | 1 << 21, file, 0),
         (EINVAL, 0, PAGE, RW, MAP_PRIVATE | MAP_GROWSDOWN, file, 0),
         (0, 0, PAGE, RW, MAP_PRIVATE, read_only, 0),
         (0, 0, PAGE, PROT_READ, MAP_SHARED, read_only, 0),
