@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any, Final
 
 from kmodel.core import (
+    POISON,
     READ_ONCE,
     Struct,
     atomic,
@@ -60,7 +61,11 @@ empty_zero_page: Page
 def page_alloc_init() -> None:
     """Create the pool of pages, and the one page that all unwritten anonymous memory reads from."""
     global page_cachep, empty_zero_page
-    page_cachep = kmem_cache_create("page", Page)
+    # A struct page is never anything else. (And such a cache hands out a whole slab at a time, as the per-CPU
+    # lists of the page allocator do: faults on different CPUs do not meet here.)
+    page_cachep = kmem_cache_create(
+        "page", Page, typesafe_by_rcu=True, objects_per_slab=64, sheaf_capacity=128
+    )
     empty_zero_page = Page()
 
 
@@ -92,6 +97,7 @@ def get_page(page: Page) -> None:
 def put_page(page: Page) -> None:
     """Drop a reference; the last one frees the page."""
     if atomic_dec_and_test(page, "_refcount"):
+        page.contents = POISON  # the cache leaves what it frees as it is
         kmem_cache_free(page_cachep, page)
 
 
