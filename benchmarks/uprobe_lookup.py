@@ -2,11 +2,9 @@
 
     python -m benchmarks.uprobe_lookup [--threads 1,2] [--passes 9] [--lookup-only] [--png FILE] ... (--help)
 
-The address space is this very process's, the probes are functions of the ELF files it maps. Each thread hits
-all
-breakpoints in turn. `floor` is the same walk from address to VMA to file to uprobe to handlers with no
-synchronisation at all: what free-threaded CPython charges for the walk itself. Ratios are formed within one
-pass.
+The address space is this very process's, the probes are functions of the ELF files it maps; each thread hits
+all breakpoints in turn. `floor` is the same functions with the synchronisation taken out: what free-threaded
+CPython charges for the walk from address to VMA to file to uprobe to handlers. Ratios are within one pass.
 """
 
 import argparse
@@ -26,13 +24,13 @@ from rich.table import Table as RichTable
 from benchmarks.harness import Table, allowed_cpus, machine, measure
 from kmodel.core import TaskStruct, current, gil_was_reenabled
 from kmodel.mm import PAGE_SHIFT, MmStruct, for_each_vma, mmap_read_lock, mmap_read_unlock
-from kmodel.mm.maple_node import SLOT, mt_offset
+from kmodel.mm.maple_node import SLOT, MapleTree, mt_offset
 from kmodel.rcu import rb_find
 from kmodel.torture.elf import functions, is_elf
 from kmodel.uprobes import SCHEMES, PtRegs, Uprobe, UprobeConsumer, tree, uprobe_register
 from kmodel.uprobes import Scheme as UprobeScheme
 from kmodel.uprobes.arch import arch_uprobe_skip_sstep, uprobe_get_swbp_addr
-from kmodel.uprobes.handler import handler_chain, pre_ssout
+from kmodel.uprobes.handler import COPY_INSN, handler_chain, pre_ssout
 from kmodel.uprobes.tree import uprobe_cmp_key
 from kmodel.uprobes.utask import get_utask
 
@@ -91,29 +89,70 @@ def build(probes: int) -> World:
 # ---------------------------------------------------------------------------- the floor
 
 
-def floor_lookup(bp_vaddr: int, task: TaskStruct) -> Any:
-    """find_active_uprobe_speculative without a reader section, a sample, a barrier or a recheck."""
-    node: Any = task.mm.mm_mt.ma_root
-    while True:
-        entry = getattr(node, SLOT[mt_offset(node, bp_vaddr)])
+# The functions of a hit, one for one, with everything taken out that is there because of other CPUs: reader
+# sections, samples, marked accesses, barriers, dead-node checks and rechecks.
+
+
+def floor_walk(mt: MapleTree, index: int) -> Any:
+    """mtree_lookup_walk."""
+    node: Any = mt.ma_root
+    while node is not None:
+        entry = getattr(node, SLOT[mt_offset(node, index)])
         if node.is_leaf:
-            break
+            return entry
         node = entry
-    inode = entry.vm_file.f_inode
-    offset = (entry.vm_pgoff << PAGE_SHIFT) + (bp_vaddr - entry.vm_start)
-    return rb_find((inode, offset), tree.uprobes_tree, uprobe_cmp_key)
+    return None
+
+
+def floor_vma_lookup(mm: MmStruct, addr: int) -> Any:
+    """vma_lookup."""
+    return floor_walk(mm.mm_mt, addr)
+
+
+def floor_find_uprobe(inode: Any, offset: int) -> Uprobe | None:
+    """find_uprobe_rcu."""
+    found: Uprobe | None = rb_find((inode, offset), tree.uprobes_tree, uprobe_cmp_key)
+    return found
+
+
+def floor_find_active_uprobe(bp_vaddr: int, task: TaskStruct) -> Uprobe | None:
+    """find_active_uprobe_speculative."""
+    vma = floor_vma_lookup(task.mm, bp_vaddr)
+    if vma is None:
+        return None
+    vm_file = vma.vm_file
+    if vm_file is None:
+        return None
+    offset = (vma.vm_pgoff << PAGE_SHIFT) + (bp_vaddr - vma.vm_start)
+    return floor_find_uprobe(vm_file.f_inode, offset)
+
+
+def floor_lookup(bp_vaddr: int, task: TaskStruct) -> Uprobe | None:
+    """find_active_uprobe_rcu, whose slow path is not needed when nothing changes."""
+    return floor_find_active_uprobe(bp_vaddr, task)
+
+
+def floor_handle_uprobe(uprobe: Uprobe, regs: PtRegs, bp_vaddr: int, task: TaskStruct) -> None:
+    """handle_uprobe."""
+    regs.ip = bp_vaddr
+    if not uprobe.flags & COPY_INSN:
+        return
+    arch = uprobe.arch
+    utask = get_utask(task)
+    utask.auprobe = arch
+    handler_chain(uprobe, regs)
+    utask.auprobe = None
+    if regs.ip == bp_vaddr and not arch_uprobe_skip_sstep(arch, regs):
+        pre_ssout(regs, bp_vaddr)
 
 
 def floor_handle_swbp(regs: PtRegs) -> None:
-    """handle_swbp over floor_lookup: the same handlers and the same emulation."""
+    """handle_swbp."""
     task = current()
     bp_vaddr = uprobe_get_swbp_addr(regs)
     uprobe = floor_lookup(bp_vaddr, task)
-    regs.ip = bp_vaddr
-    get_utask(task)
-    handler_chain(uprobe, regs)
-    if not arch_uprobe_skip_sstep(uprobe.arch, regs):
-        pre_ssout(regs, bp_vaddr)
+    if uprobe is not None:
+        floor_handle_uprobe(uprobe, regs, bp_vaddr, task)
 
 
 # ---------------------------------------------------------------------------- what is timed
