@@ -173,6 +173,8 @@ class Chooser:
         prot = self._prot()
         if self.random.random() < 0.03:
             prot |= self.random.choice((8, 16, 0x100_0000, 0x200_0000, 0x300_0000))
+            # PROT_GROWSDOWN looks for the next mapping, however far.
+            return ("mprotect", *self._range_in_arena(maps), prot)
         return ("mprotect", *self._range(maps), prot)
 
     def _mremap(self, maps: Sequence[Line]) -> Call:
