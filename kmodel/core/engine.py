@@ -326,6 +326,7 @@ def boot() -> None:
     task = current()
     task.held_locks.clear()
     task.preempt_count = 0
+    task.local.clear()
     if access._tracer is None:
         task.rcu_read_lock_nesting = 0
         for func in reversed(_reboot_notifiers):
