@@ -242,7 +242,7 @@ class Chooser:
 # --------------------------------------------------------------------------------------------- shortening
 
 
-def shorten(kernel: RunningKernel, model: Model, found: Difference) -> Difference:
+def shorten(kernel: RunningKernel, model: Model, found: Difference, tries: int = 3000) -> Difference:
     """The difference again, after as few and as small calls as leaving out and cutting down can make it."""
 
     def fails(calls: Sequence[Call]) -> Difference | None:
@@ -253,7 +253,6 @@ def shorten(kernel: RunningKernel, model: Model, found: Difference) -> Differenc
         return None
 
     best = fails(found.calls) or found
-    tries = 3000
     smaller = True
     while smaller:
         smaller = False

@@ -197,6 +197,9 @@ def vma_expand(vmg: VmaMergeStruct) -> int:
         undo = dup_anon_vma(target, next_)
         vma_start_write(next_)
         vmg.remove.append(next_)
+    if vmg.copied_from is not None:
+        # The pages that mremap will move in belong to the source's anon_vma.
+        undo = dup_anon_vma(target, vmg.copied_from) or undo
     return _commit_or_undo(vmg, undo)
 
 
