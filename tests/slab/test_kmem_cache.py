@@ -166,7 +166,7 @@ def test_free_of_a_foreign_object_is_a_bug() -> None:
 
 
 def test_misspelt_field_is_found_at_free() -> None:
-    """Where pooled objects accept any attribute, the allocator does not; elsewhere the object itself refuses."""
+    """Where pooled objects accept any attribute, the allocator does not; elsewhere the object refuses."""
     cache = typesafe()
     a = kmem_cache_alloc(cache)
     if not FREE_THREADED:
