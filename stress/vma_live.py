@@ -52,6 +52,8 @@ class Chooser:
         weights = {"mmap": 30, "munmap": 9, "mprotect": 18, "mremap": 14, "madvise": 16, "touch": 20}
         self.ops = list(ops)
         self.weights = [weights.get(op, 3) for op in self.ops]
+        plain = {"mmap": 30, "munmap": 5, "mprotect": 12, "mremap": 28, "madvise": 5, "touch": 25}
+        self.plain_weights = [plain.get(op, 1) for op in self.ops]
         # A sequence uses few pages, or all: neighbours meet more often where there are few.
         self.pages = ARENA_PAGES
         self.few_kinds = False
@@ -69,7 +71,8 @@ class Chooser:
 
     def call(self, maps: Sequence[Line]) -> Call:
         """A call that has a chance to do something where these mappings are."""
-        (op,) = self.random.choices(self.ops, self.weights)
+        weights = self.plain_weights if self.plain else self.weights
+        (op,) = self.random.choices(self.ops, weights)
         if op == "brk" and not self.heap:
             op = "mmap"
         make: Callable[[Sequence[Line]], Call] = getattr(self, f"_{op}")
