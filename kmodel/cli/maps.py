@@ -5,7 +5,7 @@ Guards:      none
 Invariants:  exit status 0 printed, or no difference found; 1 the kernel says something else; 2 bad usage, or
              a
              process that cannot be read
-Leaves out:  what the text does not say: see docs/limits.d/proc.md
+Leaves out:  what the text does not say: see docs/limits.md
 Read next:   mm/from_proc_maps.py, proc/maps.py
 """
 

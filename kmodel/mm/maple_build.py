@@ -5,7 +5,7 @@ Guards:      the tree's external lock, held for writing; nothing built here is v
 Invariants:  S2 and S3 of mm/maple_store.py
              B1 all leaves are equally deep; B2 a node that is not at the tree's upper end has few slots only
              if it had no neighbour with the same parent to be joined with
-Leaves out:  docs/limits.d/mm.md: the kernel's split points and big nodes
+Leaves out:  docs/limits.md: the kernel's split points and big nodes
 Read next:   mm/maple_store.py, which publishes the result
 """
 

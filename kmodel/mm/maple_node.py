@@ -8,7 +8,7 @@ Invariants:  N1 pivots are inclusive maxima, strictly rising up to the node's en
              change it in place
              N3 a node is marked dead (its parent is itself) after its replacement is published and before its
              memory is reused
-Leaves out:  docs/limits.d/mm.md: parent pointers of live nodes, dense nodes, node types in pointer bits,
+Leaves out:  docs/limits.md: parent pointers of live nodes, dense nodes, node types in pointer bits,
              non-RCU mode
 Read next:   mm/maple_walk.py (readers), mm/maple_store.py (writers)
 

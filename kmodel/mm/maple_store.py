@@ -7,7 +7,7 @@ Invariants:  S1 one store is one publication: readers see the tree before it or 
              of it
              S2 two NULL ranges never touch, and no leaf but the last ends in one, so a gap never spans leaves
              S3 a store copies the nodes whose contents change, never more than a few per level
-Leaves out:  docs/limits.d/mm.md: appending in place (RCU mode off), tuned split points, worst-case
+Leaves out:  docs/limits.md: appending in place (RCU mode off), tuned split points, worst-case
              preallocation
 Read next:   mm/maple_build.py for the third way, then mm/maple_tree.py
 

@@ -4,7 +4,7 @@ Models:      include/linux/maple_tree.h, mtree_store_range, mtree_erase, mt_for_
              mt_validate (7.2)
 Guards:      stores: the tree's external lock; loads: RCU, taken inside
 Invariants:  those of mm/maple_node.py (N), mm/maple_walk.py (W) and mm/maple_store.py (S)
-Leaves out:  docs/limits.d/mm.md
+Leaves out:  docs/limits.md
 Read next:   mm/vma.py, what is stored in it
 """
 

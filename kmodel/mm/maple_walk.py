@@ -8,7 +8,7 @@ Invariants:  W1 for one index a walk returns what was stored there at some momen
              re-check their range
              W3 an iterator's node is good only inside the RCU section (or lock hold) that found it;
              mas_reset() after leaving it
-Leaves out:  docs/limits.d/mm.md: ascending by parent pointers (an iterator that leaves a leaf walks down from
+Leaves out:  docs/limits.md: ascending by parent pointers (an iterator that leaves a leaf walks down from
              the root again)
 Read next:   mm/maple_store.py
 """

@@ -5,7 +5,7 @@ Models:      include/linux/mm.h, vma_lookup, find_vma, for_each_vma, vma_iterato
 Guards:      RCU or mmap_lock to look; mmap_lock (write) to store. What keeps a found VMA alive is the
              caller's: mmap_lock, a count on it, or (memory only) RCU
 Invariants:  F1 vma_lookup() of an address inside a mapping that does not change finds it
-Leaves out:  docs/limits.d/mm.md
+Leaves out:  docs/limits.md
 Read next:   mm/mmap.py
 
 The tree is keyed by addresses, inclusive: a VMA is stored at [vm_start, vm_end - 1].

@@ -7,7 +7,7 @@ Invariants:  T1 each line ends behind the one before, and no hole is shown that 
              changed during the read may be torn between lines; a VMA that has merged with the one that was
              printed is shown with the range of both
              T2 the place after a line is its vm_end, so a VMA that grew or moved is gone on from where it was
-Leaves out:  smaps, numa_maps; docs/limits.d/proc.md
+Leaves out:  smaps, numa_maps; docs/limits.md
 Read next:   mm/vma_iter.py, lock_next_vma(); proc/snapshot.py
 
 Between two buffers nothing is held. Within one, the reader is in RCU and has the read lock of the one VMA it

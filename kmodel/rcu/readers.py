@@ -7,7 +7,7 @@ Guards:      a task's words are written by that task only
 Invariants:  W1 a section that was open when the wait began has ended when it is over, W2 no later section is
              waited for
 Leaves out:  how the kernel finds its readers (quiescent states of CPUs, interprocessor interrupts):
-             docs/limits.d/rcu.md
+             docs/limits.md
 Read next:   rcu/rcu.py
 
 A reader has two words. `nesting` is 0 outside sections. `sections` counts ended ones, modulo 256, and is

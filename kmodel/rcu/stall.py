@@ -9,7 +9,7 @@ Leaves out:  CPU and kthread starvation; traced engines have no clock, they repo
 Read next:   rcu/readers.py
 
 Where a reader entered is not recorded on its way in: that costs more than the whole read side (measured,
-docs/limits.d/rcu.md). The warning shows the reader's stack of now, whose function names nearly always include
+docs/limits.md). The warning shows the reader's stack of now, whose function names nearly always include
 the one that entered; record_entries(True) adds the exact line.
 """
 
