@@ -152,7 +152,18 @@ class Chooser:
         if pick.random() < (0.02 if self.plain else 0.1):
             bits |= flags.MAP_NORESERVE
         if pick.random() < 0.04:
-            bits |= pick.choice((flags.MAP_STACK, 0x80_0000, 0x800, 0x1000, 0x8, 0x400_0000))
+            bits |= pick.choice(
+                (
+                    flags.MAP_STACK,
+                    flags.MAP_GROWSDOWN,
+                    flags.MAP_GROWSDOWN,
+                    0x80_0000,
+                    0x800,
+                    0x1000,
+                    0x8,
+                    0x400_0000,
+                )
+            )
         if pick.random() < 0.03:
             bits = bits & ~0xF | pick.choice((0, 3, 4, 8, 8, 8, 9))
         if pick.random() < 0.01:

@@ -6,7 +6,7 @@ Guards:      mmap_lock (write) for all of it
 Invariants:  A1 a new VMA is write-locked, attached, put in the tree, put in i_mmap, hooked, in this order
              A2 what MAP_FIXED replaces stays in the tree until the new VMA takes its
              place in one store
-Leaves out:  docs/limits.md: RLIMITs, overcommit refusals, mlock, huge pages, seals, files' own mmap
+Leaves out:  docs/limits.d/mm.md: RLIMITs, overcommit refusals, mlock, huge pages, seals, files' own mmap
 Read next:   mm/vma_unmap.py, mm/vma_merge.py
 """
 
@@ -229,6 +229,8 @@ def do_mmap(
             case 2 | 8:  # MAP_PRIVATE or MAP_DROPPABLE: neighbours that were mapped one by one line up
                 pgoff = addr >> PAGE_SHIFT
                 if flags & MAP_DROPPABLE:
+                    if vm_flags & VM_GROWSDOWN or flags & MAP_LOCKED:
+                        return -EINVAL  # stacks and locked memory may not just vanish
                     vm_flags |= VM_DROPPABLE | VM_NORESERVE | VM_WIPEONFORK | VM_DONTDUMP
             case _:
                 return -EINVAL
