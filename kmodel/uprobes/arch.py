@@ -4,7 +4,7 @@ Models:      arch/x86/kernel/uprobes.c, arch_uprobe_analyze_insn, arch_uprobe_sk
              arch/x86/include/asm/uprobes.h (7.2)
 Guards:      an ArchUprobe is written once, by prepare_uprobe, before UPROBE_COPY_INSN is set; read by anybody
              afterwards
-Invariants:  X1 `ops` is set exactly when `insn` is
+Invariants:  X1 `ops` is set exactly when `insn` was copied
 Leaves out:  jmp, jcc and call emulation, the 10-byte nop optimisation, instruction lengths (stubbed:
              docs/limits.md)
 Read next:   uprobes/uprobe.py, where it is embedded; uprobes/handler.py, its user
@@ -39,8 +39,9 @@ _BAD_OPCODES: Final = frozenset({0xF4, 0xFA, 0xFB, 0xE4, 0xE5, 0xE6, 0xE7, 0xEC,
 class ArchUprobe(Pooled):
     """struct arch_uprobe: the original instruction and what is known about it."""
 
-    # Written by prepare_uprobe under consumer_rwsem, before UPROBE_COPY_INSN is set; constant afterwards.
-    insn: bytes = b""
+    # Written by prepare_uprobe under consumer_rwsem, before UPROBE_COPY_INSN is set; constant afterwards. Until
+    # then zeroes, as kzalloc() left them: an unregister may come to a mapping that was never prepared for.
+    insn: bytes = bytes(MAX_UINSN_BYTES)
     ops: int = OPS_NONE
     push_reg: int = 0
 

@@ -198,6 +198,21 @@ def test_filters_decide_where_breakpoints_are() -> None:
     assert (opcode(wanted, TEXT + 0x10), opcode(unwanted, TEXT + 0x10)) == (INT3, CODE[0x10])
 
 
+def test_unregister_meets_a_mapping_that_nobody_prepared_for() -> None:
+    """Where no breakpoint was ever wanted the instruction was not copied, and there is nothing to restore."""
+    mm, file = MmStruct(), new_file()
+    map_text(mm, file)
+    registered(file, 0)
+    nowhere = recorder(filter=not_in, not_in=mm)
+    uprobe = registered(file, 2, nowhere)
+
+    assert test_bit(MMF_HAS_UPROBES, mm, "flags")
+    uprobe_unregister(uprobe, nowhere)
+
+    assert opcode(mm, TEXT) == INT3
+    assert opcode(mm, TEXT + 2) == CODE[2]
+
+
 def test_apply_asks_a_filter_again() -> None:
     """uprobe_apply() installs where the filter now says yes and removes where nobody does."""
     mm = MmStruct()
