@@ -188,7 +188,7 @@ def torture(seconds: float, seed: int, threads: int) -> World:
     world.stop = True
     for task in tasks:
         try:
-            # A task that died may have left with a lock that others wait for: what it died of is the news then.
+            # A task that died may have left with a lock that others wait for: then that is the news.
             assert engine().join(task, 5.0 if world.wrong else 60.0), f"{task!r} does not end"
         except Exception as error:  # noqa: BLE001  # whatever a task died of is what was wrong
             world.wrong.append(f"{task!r}: {error!r}")

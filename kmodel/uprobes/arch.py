@@ -39,8 +39,8 @@ _BAD_OPCODES: Final = frozenset({0xF4, 0xFA, 0xFB, 0xE4, 0xE5, 0xE6, 0xE7, 0xEC,
 class ArchUprobe(Pooled):
     """struct arch_uprobe: the original instruction and what is known about it."""
 
-    # Written by prepare_uprobe under consumer_rwsem, before UPROBE_COPY_INSN is set; constant afterwards. Until
-    # then zeroes, as kzalloc() left them: an unregister may come to a mapping that was never prepared for.
+    # Written by prepare_uprobe under consumer_rwsem, before UPROBE_COPY_INSN is set; constant afterwards.
+    # Zeroes until then, as kzalloc() left them: an unregister may meet a mapping nobody prepared for.
     insn: bytes = bytes(MAX_UINSN_BYTES)
     ops: int = OPS_NONE
     push_reg: int = 0
