@@ -32,6 +32,7 @@ from kmodel.core import (
     kernel_struct,
     might_sleep,
     raw_get,
+    reboot_notifier,
     smp_mb,
     smp_mb__before_atomic,
     smp_wmb,
@@ -86,6 +87,8 @@ class WorkerPool(Struct):
     # Under lock.
     worklist: list[_Queued] = untraced(factory=list, init=False)
     busy: list[_Worker] = untraced(factory=list, init=False)
+    # Whose workers these are. Those of a run that is over do not exist any more, and its items wait for ever.
+    engine: Any = untraced(default=None, init=False)
 
 
 _pool: WorkerPool
@@ -113,11 +116,14 @@ def schedule_work(work: WorkStruct) -> bool:
 
 
 def _insert_work(work: WorkStruct) -> None:
-    pool = _pool
+    pool, here = _pool, engine()
     spin_lock(pool.lock)
+    if pool.engine is not here:
+        pool.engine = here
+        pool.worklist, pool.busy = [], []
     pool.worklist.append(_Queued(work))
     spin_unlock(pool.lock)
-    engine().run_later(_worker_turn, 0.0, "kworker")
+    here.run_later(_worker_turn, 0.0, "kworker")
 
 
 def _worker_turn() -> None:
@@ -200,10 +206,13 @@ def flush_work(work: WorkStruct) -> bool:
     return True
 
 
+@reboot_notifier
 def flush_scheduled_work() -> None:
     """Wait until every item queued so far has run to its end."""
     might_sleep()
     pool, waits = _pool, []
+    if pool.engine is not engine():
+        return
     spin_lock(pool.lock)
     items = [*pool.worklist]
     for worker in pool.busy:

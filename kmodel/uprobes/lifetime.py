@@ -22,12 +22,21 @@ from kmodel.core import (
     guards,
     initcall,
     kernel_struct,
+    reboot_notifier,
     smp_cond_load_acquire,
 )
-from kmodel.rcu import SrcuStruct, call_rcu_tasks_trace, call_srcu, rb_erase
+from kmodel.rcu import (
+    SrcuStruct,
+    call_rcu_tasks_trace,
+    call_srcu,
+    rb_erase,
+    rcu_barrier_tasks_trace,
+    srcu_barrier,
+)
 from kmodel.slab import kfree
 from kmodel.sync import (
     WorkStruct,
+    flush_scheduled_work,
     mutex_lock,
     mutex_unlock,
     refcount_dec_and_test,
@@ -155,6 +164,18 @@ def uprobe_free_rcu_tasks_trace(uprobe: Uprobe) -> None:
 def wait_for_frees() -> None:
     """Not in Linux: wait until every uprobe whose last reference was dropped is freed."""
     smp_cond_load_acquire(ledger, "dying", _none)
+
+
+@reboot_notifier
+def finish_frees() -> None:
+    """Not in Linux: before a boot, let every free that was begun come to its end.
+
+    Each step waits for what the one before it queued, whichever of the two orders is chosen.
+    """
+    flush_scheduled_work()
+    rcu_barrier_tasks_trace()
+    srcu_barrier(uretprobes_srcu)
+    rcu_barrier_tasks_trace()
 
 
 def _none(count: int) -> bool:

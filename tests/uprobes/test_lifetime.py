@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from kmodel.core import UseAfterFree, guards, is_freed
+from kmodel.core import UseAfterFree, boot, guards, is_freed, kthread_run
 from kmodel.rcu import (
     list_for_each_entry_rcu,
     rcu_read_lock_trace,
@@ -14,7 +14,7 @@ from kmodel.rcu import (
 )
 from kmodel.sync import refcount_read
 from kmodel.uprobes import get_uprobe, lifetime, put_uprobe, tree, try_get_uprobe
-from tests.uprobes.stories import Gate, both_engines, coop_seeds, failing_seed
+from tests.uprobes.stories import Gate, both_engines, coop_seeds, failing_seed, join
 from tests.uprobes.test_tree import PLACES, find, insert
 
 
@@ -158,3 +158,25 @@ def test_free_without_grace_period_is_found_by_chance_too() -> None:
 
     assert failure is not None
     assert isinstance(failure[1], UseAfterFree)
+
+
+def test_a_boot_lets_frees_come_to_their_end() -> None:
+    """What workers still do with uprobes of the last boot is over before the next one hands memory out."""
+    gate = Gate()
+
+    def reader() -> None:
+        rcu_read_lock_trace()
+        gate.stop()
+        rcu_read_unlock_trace()
+
+    task = kthread_run(reader, comm="reader", daemon=False)
+    gate.wait()
+    ledger = lifetime.ledger
+    put_uprobe(insert(PLACES[0], 1))
+    assert ledger.dying == 1
+
+    gate.open()
+    boot()
+
+    assert ledger.dying == 0
+    join(task)
