@@ -175,12 +175,8 @@ def find(target: str) -> Scenario:
 
 def check_output(option: str, path: str | None) -> None:
     """BadUsage now rather than an error after a long search."""
-    if (
-        path is None
-        or path == "-"
-        or (Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir())
-    ):
-        return  # a device or a pipe is simply written to
+    if path is None or path == "-":
+        return
     try:
         check_writable(path)
     except OSError as error:

@@ -15,9 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import kmodel
-from kmodel.cli import explore, guards, litmus, maps, replay, stress
 
-COMMANDS = (stress, explore, replay, litmus, maps, guards)
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
@@ -39,7 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers: Any = parser.add_subparsers(
         dest="command", metavar="COMMAND", required=True, parser_class=Parser
     )
-    for command in COMMANDS:
+    from kmodel.cli import explore, guards, litmus, maps, replay, stress
+
+    for command in (stress, explore, replay, litmus, maps, guards):
         command.add_parser(subparsers)
     return parser
 
@@ -47,13 +47,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit status. What no subcommand expects shows its traceback."""
     try:
-        arguments = build_parser().parse_args(argv)
-        status = int(arguments.run(arguments))
+        status = answer(argv)
         sys.stdout.flush()
         return status
-    except stress.BadUsage as error:
-        print(f"kmodel {arguments.command}: {error}", file=sys.stderr)
-        return EXIT_USAGE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -62,3 +58,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         # interpreter's flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_INTERRUPTED
+
+
+def answer(argv: Sequence[str] | None) -> int:
+    """The exit status of what was asked for. The rooms are imported here, where Ctrl-C is expected."""
+    from kmodel.torture import BadUsage
+
+    arguments = build_parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except BadUsage as error:
+        print(f"kmodel {arguments.command}: {error}", file=sys.stderr)
+        return EXIT_USAGE

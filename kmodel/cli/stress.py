@@ -16,6 +16,7 @@ from typing import Any
 from kmodel.cli.guards import known
 from kmodel.cli.view import WORK, open_view
 from kmodel.core import gil_enabled, gil_was_reenabled
+from kmodel.explore.tracefile import write_text
 from kmodel.torture import (
     AIMED_AT,
     HARD_PATHS,
@@ -26,7 +27,6 @@ from kmodel.torture import (
     Torture,
     check_writable,
     default_threads,
-    write_atomically,
 )
 
 __all__ = ["BadUsage", "add_parser", "run"]
@@ -156,7 +156,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json == "-":
         print(report.as_json(), end="")
     elif arguments.json is not None:
-        write_atomically(arguments.json, report.as_json())
+        write_text(arguments.json, report.as_json())
     return report.exit_status
 
 

@@ -1,7 +1,7 @@
 """Torture: real address spaces, many tasks, and an oracle that checks every answer."""
 
 from kmodel.torture.aims import AIMED_AT
-from kmodel.torture.report import HARD_PATHS, SHORT_RUN_SECONDS, Report, check_writable, write_atomically
+from kmodel.torture.report import HARD_PATHS, SHORT_RUN_SECONDS, Report, check_writable
 from kmodel.torture.run import BadUsage, Progress, Torture, default_threads
 from kmodel.torture.world import Config
 
@@ -16,5 +16,4 @@ __all__ = [
     "Torture",
     "check_writable",
     "default_threads",
-    "write_atomically",
 ]

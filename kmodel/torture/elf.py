@@ -88,23 +88,27 @@ def bytes_at(path: str | Path, offset: int, count: int) -> bytes:
 
 
 def _read(path: str | Path, table: str) -> list[Function]:
-    try:
-        with open(path, "rb") as stream:
-            elf = ELFFile(stream)
-            segments = [
-                _Segment(s["p_vaddr"], s["p_offset"], s["p_filesz"])
-                for s in elf.iter_segments()
-                if s["p_type"] == "PT_LOAD" and s["p_flags"] & PF_X
-            ]
-            return [
-                Function(offset, name, size)
-                for section in elf.iter_sections()
-                if section["sh_type"] == table and isinstance(section, SymbolTableSection)
-                for value, size, name in _function_symbols(elf, section)
-                if (offset := _file_offset(segments, value)) is not None
-            ]
-    except ELFError as error:
-        raise NotElf(f"{path} is not an ELF file: {error}") from error
+    with open(path, "rb") as stream:
+        try:
+            return list(_functions(ELFFile(stream), table))
+        except ELFError as error:
+            raise NotElf(f"{path} is not an ELF file: {error}") from error
+        except Exception as error:  # the library stops at a damaged header with whatever that leads it to
+            raise NotElf(f"{path} is a damaged ELF file: {type(error).__name__}: {error}") from error
+
+
+def _functions(elf: ELFFile, table: str) -> Iterator[Function]:
+    segments = [
+        _Segment(s["p_vaddr"], s["p_offset"], s["p_filesz"])
+        for s in elf.iter_segments()
+        if s["p_type"] == "PT_LOAD" and s["p_flags"] & PF_X
+    ]
+    for section in elf.iter_sections():
+        if section["sh_type"] == table and isinstance(section, SymbolTableSection):
+            for value, size, name in _function_symbols(elf, section):
+                offset = _file_offset(segments, value)
+                if offset is not None:
+                    yield Function(offset, name, size)
 
 
 def _file_offset(segments: list[_Segment], vaddr: int) -> int | None:

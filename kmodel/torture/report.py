@@ -96,26 +96,12 @@ class Report:
 
 
 def check_writable(path: str) -> None:
-    """Raise OSError now if write_atomically(path) could not work later."""
-    folder = Path(path).absolute().parent
-    if Path(path).is_dir():
+    """Raise OSError now if a file could not be written there later. A device or a pipe always can."""
+    target = Path(path).resolve()
+    if target.is_dir():
         raise IsADirectoryError(f"{path} is a directory")
-    descriptor, name = tempfile.mkstemp(dir=folder, prefix=".kmodel-")
+    if target.exists() and not target.is_file():
+        return
+    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=".kmodel-")
     os.close(descriptor)
     os.unlink(name)
-
-
-def write_atomically(path: str, text: str) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
-    folder = Path(path).absolute().parent
-    descriptor, name = tempfile.mkstemp(dir=folder, prefix=".kmodel-")
-    try:
-        with os.fdopen(descriptor, "w") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

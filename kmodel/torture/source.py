@@ -14,11 +14,18 @@ from pathlib import Path
 
 import attrs
 
+from kmodel.mm.flags import PAGE_SIZE, TASK_SIZE
 from kmodel.torture.elf import is_elf
+
+GATE = "[vsyscall]"
+"""The one mapping above user space that a process has."""
+
+LONGEST_FILE = 64 << 20
+"""Ten times what 65,530 mappings (vm.max_map_count) with ordinary paths make."""
 
 _LINE = re.compile(
     r"^(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?P<perms>[r-][w-][x-][ps]) (?P<offset>[0-9a-f]+) "
-    r"(?P<major>[0-9a-f]+):(?P<minor>[0-9a-f]+) (?P<inode>\d+)\s*(?P<path>.*)$"
+    r"(?P<major>[0-9a-f]+):(?P<minor>[0-9a-f]+) (?P<inode>\d+) *(?P<path>.*)$"
 )
 
 
@@ -75,7 +82,7 @@ def parse_maps(text: str, name: str, *, torn: bool = False) -> tuple[Mapping, ..
     it, which was another mapping then. Ends only grow even so, because the end is where reading goes on.
     """
     mappings: list[Mapping] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         match = _LINE.match(line)
@@ -93,6 +100,12 @@ def parse_maps(text: str, name: str, *, torn: bool = False) -> tuple[Mapping, ..
         before = mappings[-1].end if mappings else 0
         if mapping.start >= mapping.end or mapping.end <= before or (mapping.start < before and not torn):
             raise BadSource(f"{name} line {number}: {line.split()[0]} is empty or not in order")
+        if (mapping.start | mapping.end | mapping.offset) % PAGE_SIZE:
+            raise BadSource(f"{name} line {number}: {line[:60]!r} does not lie on pages of {PAGE_SIZE} bytes")
+        if mapping.end > TASK_SIZE and mapping.path != GATE:
+            raise BadSource(
+                f"{name} line {number}: {line.split()[0]} is not in user space, below {TASK_SIZE:#x}"
+            )
         mappings.append(mapping)
     if not mappings:
         raise BadSource(f"{name} has no mappings")
@@ -103,7 +116,7 @@ def read_process(pid: int | None) -> Source:
     """The address space of a live process, this one by default."""
     path = Path("/proc") / ("self" if pid is None else str(pid)) / "maps"
     try:
-        text = path.read_text(errors="surrogateescape")
+        text = path.read_text(errors="surrogateescape", newline="")
     except FileNotFoundError:
         raise BadSource(
             f"there is no process {pid}" if pid is not None else "there is no /proc/self/maps here"
@@ -134,7 +147,10 @@ def _same_root(pid: int) -> bool:
 def read_file(path: str) -> Source:
     """A saved maps file. Its paths are looked up on this machine; those that are not here get no probes."""
     try:
-        text = Path(path).read_text(errors="surrogateescape")
+        with open(path, errors="surrogateescape", newline="") as stream:
+            text = stream.read(LONGEST_FILE + 1)
     except OSError as error:
         raise BadSource(f"{path} cannot be read: {error.strerror}") from error
+    if len(text) > LONGEST_FILE:
+        raise BadSource(f"{path} is longer than any maps file ({LONGEST_FILE >> 20} MiB)")
     return Source(f"maps file {path}", text, parse_maps(text, path), check_inodes=False)

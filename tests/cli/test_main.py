@@ -84,7 +84,10 @@ def test_a_gil_switched_back_on_is_refused(
 
 def test_nothing_on_the_way_to_a_run_switches_the_gil_on() -> None:
     """Importing the whole command leaves the GIL as the interpreter was built."""
-    code = "import kmodel.cli.main, kmodel.core as core, sys; sys.exit(core.gil_was_reenabled())"
+    code = (
+        "from kmodel.cli.main import build_parser; import kmodel.core as core, sys; build_parser(); "
+        "sys.exit(core.gil_was_reenabled())"
+    )
 
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
@@ -107,3 +110,22 @@ def test_whoever_reads_the_output_may_leave(tmp_path: Path) -> None:
     )
 
     assert done.stderr == ""
+
+
+def test_ctrl_c_while_the_command_is_still_loading() -> None:
+    """Whoever presses Ctrl-C at once gets one line, not the traceback of an import."""
+    code = (
+        "import sys\n"
+        "from kmodel.cli.main import main\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'kmodel.mm': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "sys.exit(main(['guards']))\n"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")

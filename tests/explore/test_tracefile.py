@@ -1,6 +1,7 @@
 """Traces as files: round trips, damage, and the page that carries its own trace."""
 
 import json
+import os
 import re
 import stat
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 from kmodel.core import WRITE_ONCE, smp_load_acquire, smp_store_release, variables
 from kmodel.explore import explore
 from kmodel.explore.html import page, write_page
-from kmodel.explore.tracefile import TraceError, problem, read_trace, write_trace
+from kmodel.explore.tracefile import TraceError, problem, read_trace, write_text, write_trace
 from tests.explore.samples import deadlock, message_passing, resurrection
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "trace-format.md"
@@ -105,6 +106,22 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["trace.json"]
+
+
+def test_what_is_no_plain_file_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    """A link stays a link, a pipe a pipe: /dev/null as --json must survive it."""
+    (tmp_path / "link").symlink_to("trace.json")
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+
+    write_text(tmp_path / "link", "text")
+    write_text(tmp_path / "pipe", "text")
+
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "trace.json").read_text() == "text"
+    assert os.read(reader, 100) == b"text"
+    os.close(reader)
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe", "trace.json"]
 
 
 def test_written_files_can_be_read_by_others(tmp_path: Path) -> None:

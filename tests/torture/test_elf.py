@@ -55,3 +55,20 @@ def test_what_is_no_elf_file_is_said_to_be_none(tmp_path: Path) -> None:
     for path in (text, stump):
         with pytest.raises(NotElf):
             functions(path)
+
+
+def test_a_damaged_file_is_said_to_be_one(tmp_path: Path) -> None:
+    """Cut short, or with one byte of its tables gone wrong, a file has functions or is refused."""
+    whole = tiny_elf(tmp_path / "e", {"b": (32, FUNC), "a": (0, FUNC)}, b"\x90" * 64).read_bytes()
+    tables = range(TEXT_OFFSET + 64, len(whole))
+    damaged = [whole[:size] for size in (*range(4, 128, 4), *tables[::4])]
+    damaged += [whole[:at] + b"\xff" + whole[at + 1 :] for at in (*range(4, 120, 3), *tables[::5])]
+    refused = 0
+    for content in damaged:
+        (tmp_path / "e").write_bytes(content)
+        try:
+            functions(tmp_path / "e")
+        except NotElf:
+            refused += 1
+
+    assert 0 < refused < len(damaged)

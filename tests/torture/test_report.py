@@ -9,7 +9,7 @@ import attrs
 import pytest
 
 from kmodel.torture.oracle import Violation
-from kmodel.torture.report import HARD_PATHS, SHORT_RUN_SECONDS, Report, check_writable, write_atomically
+from kmodel.torture.report import HARD_PATHS, SHORT_RUN_SECONDS, Report, check_writable
 
 VIOLATION = Violation("P1", "wrong", "hit/0", 1.5, ("fact",), ("step",))
 
@@ -60,17 +60,6 @@ def test_json_has_everything() -> None:
     assert content["hard_paths_not_met"] == []
 
 
-def test_a_report_replaces_the_old_one_whole(tmp_path: Path) -> None:
-    """Written beside and moved: no half-written file, nothing else left in the folder."""
-    path = tmp_path / "report.json"
-    path.write_text("old")
-
-    write_atomically(str(path), "new")
-
-    assert path.read_text() == "new"
-    assert os.listdir(tmp_path) == ["report.json"]
-
-
 def test_a_place_that_cannot_be_written_is_found_out_early(tmp_path: Path) -> None:
     """A missing folder, or a folder in place of the file."""
     check_writable(str(tmp_path / "fine.json"))
@@ -78,3 +67,13 @@ def test_a_place_that_cannot_be_written_is_found_out_early(tmp_path: Path) -> No
         with pytest.raises(OSError, match=r"No such file|is a directory"):
             check_writable(str(path))
     assert os.listdir(tmp_path) == []
+
+
+def test_a_device_can_be_written_whatever_is_beside_it(tmp_path: Path) -> None:
+    """A pipe, also behind a link, is written to later and not replaced; nothing is left beside it."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+
+    check_writable(str(tmp_path / "link"))
+
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe"]

@@ -32,6 +32,12 @@ def test_a_line_is_read_field_by_field() -> None:
             "00002000-00003000 r-xp 0 0:0 0\n00001000-00002000 r-xp 0 0:0 0\n",
             "x line 2: 00001000-00002000 is",
         ),
+        (
+            "00001800-00003000 r-xp 0 0:0 0\n",
+            "x line 1: '00001800-00003000 r-xp 0 0:0 0' does not lie on pages",
+        ),
+        ("00001000-00003000 r-xp 10 0:0 0\n", "does not lie on pages of 4096 bytes"),
+        ("ffffffff81000000-ffffffff82000000 r-xp 0 0:0 0 /vmlinux\n", "is not in user space, below 0x7ffff"),
         ("\n", "x has no mappings"),
     ],
 )
@@ -41,6 +47,29 @@ def test_what_is_no_maps_file_is_refused_by_line(text: str, complaint: str) -> N
         parse_maps(text, "x")
 
     assert complaint in str(refused.value)
+
+
+def test_a_name_may_hold_any_character_but_a_newline(tmp_path: Path) -> None:
+    """The kernel escapes newlines and nothing else, so a carriage return or a page break ends no line."""
+    text = "00001000-00002000 r-xp 00000000 08:01 7 /odd\rname\x0cof\x85a\u2028file\n"
+    (tmp_path / "maps").write_text(text, encoding="utf-8", newline="")
+
+    (mapping,) = read_file(str(tmp_path / "maps")).mappings
+
+    assert mapping.path == "/odd\rname\x0cof\x85a\u2028file"
+
+
+def test_the_gate_page_may_lie_above_user_space() -> None:
+    """[vsyscall] is part of every x86-64 process's maps file."""
+    (gate,) = parse_maps("ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0 [vsyscall]\n", "x")
+
+    assert gate.path == "[vsyscall]"
+
+
+def test_what_never_ends_is_refused() -> None:
+    """A file is read up to a bound, not until memory runs out."""
+    with pytest.raises(BadSource, match="longer than any maps file"):
+        read_file("/dev/zero")
 
 
 def test_own_process_has_readable_programs() -> None:
