@@ -92,6 +92,8 @@ def test_waiters_get_it_in_order() -> None:
         tasks.append(kthread_run(waiter, n, daemon=False))
         while len(lock.wait_list) <= n:
             time.sleep(0.0005)
+        spin_lock(lock.wait_lock)  # it has tried in vain now; until then it might find the mutex free
+        spin_unlock(lock.wait_lock)
     check_invariants(lock)
     mutex_unlock(lock)
     join_all(tasks)

@@ -63,7 +63,15 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def queued(sem: RwSemaphore, n: int) -> Callable[[], bool]:
-    return lambda: len(sem.wait_list) == n
+    """Whether n tasks wait, each with its first attempt behind it."""
+
+    def look() -> bool:
+        spin_lock(sem.wait_lock)
+        n_waiting = len(sem.wait_list)
+        spin_unlock(sem.wait_lock)
+        return n_waiting == n
+
+    return look
 
 
 def start(func: Callable[..., Any], *args: Any) -> TaskStruct:
