@@ -105,17 +105,14 @@ def __file_ref_put_badval(obj: Any, field: str, cnt: int) -> bool:
 
 
 def file_ref_put_close(obj: Any, field: str) -> bool:
-    """file_ref_put for a caller who expects to hold the last reference (close): one operation
-    instead of two.
+    """file_ref_put for a caller who expects to hold the last reference (close): one operation instead of two
+    if that is so, at the price of a look at the word first.
     """
-    old = atomic_read(obj, field)
-    while True:
-        if old > FILE_REF_MAXREF:
-            return __file_ref_put_badval(obj, field, old)
-        new = FILE_REF_DEAD if old == FILE_REF_ONEREF else old - 1
-        won, old = try_cmpxchg(obj, field, old, new)
+    if atomic_read(obj, field) == FILE_REF_ONEREF:
+        won, _seen = try_cmpxchg(obj, field, FILE_REF_ONEREF, FILE_REF_DEAD)
         if won:
-            return bool(new == FILE_REF_DEAD)
+            return True
+    return file_ref_put(obj, field)
 
 
 def file_ref_read(obj: Any, field: str) -> int:

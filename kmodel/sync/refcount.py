@@ -61,7 +61,7 @@ def _dec_if_one(old: int) -> Any:
 
 
 def _dec_unless_one(old: int) -> Any:
-    return NO_STORE if old == 1 or old < 0 else _dec(old)
+    return NO_STORE if old in (0, 1, REFCOUNT_SATURATED) else _dec(old)
 
 
 def _saturate(obj: Any, field: str, what: str) -> None:
@@ -201,8 +201,10 @@ def refcount_dec_if_one(obj: Any, field: str) -> bool:
 
 
 def refcount_dec_not_one(obj: Any, field: str) -> bool:
-    """Drop a reference unless it is the last one (or the count is saturated: then True, and it stays)."""
+    """Drop a reference unless it is the last one (or the count is saturated: then True, and it stays).
+
+    At 0 it WARNs and, alone among these functions, leaves the count as it is.
+    """
     old = rmw(obj, field, _dec_unless_one, "release")
-    if old == 0:
-        _saturate(obj, field, "underflow; use-after-free.")
+    WARN(old == 0, "refcount_t: underflow; use-after-free.")
     return bool(old != 1)

@@ -76,7 +76,9 @@ TABLE = [
     (refcount_dec_if_one, 2, False, 2, None),
     (refcount_dec_not_one, 2, True, 1, None),
     (refcount_dec_not_one, 1, False, 1, None),
+    (refcount_dec_not_one, 0, True, 0, UNDERFLOW),
     (refcount_dec_not_one, S, True, S, None),
+    (refcount_dec_not_one, S + 1, True, S, None),
 ]
 
 
