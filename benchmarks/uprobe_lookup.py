@@ -5,9 +5,12 @@
 The address space is this very process's, the probes are functions of the ELF files it maps; each thread hits
 all breakpoints in turn. `floor` is the same functions with the synchronisation taken out: what free-threaded
 CPython charges for the walk from address to VMA to file to uprobe to handlers. Ratios are within one pass.
+With --writer MS another task maps and unmaps a page of the process all the while, on a processor of its own;
+there is no floor then, because a walk without synchronisation would go wrong.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -22,6 +25,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from benchmarks.harness import Table, allowed_cpus, machine, measure
+from benchmarks.writer import Beside, Writer
 from kmodel.core import TaskStruct, current, gil_was_reenabled
 from kmodel.mm import PAGE_SHIFT, MmStruct, for_each_vma, mmap_read_lock, mmap_read_unlock
 from kmodel.mm.maple_node import SLOT, MapleTree, mt_offset
@@ -213,12 +217,14 @@ class Lookups:
             done += min(len(addresses), n - done)
 
 
-def schemes(world: World, lookup_only: bool) -> list[Any]:
+def schemes(world: World, lookup_only: bool, floor: bool = True) -> list[Any]:
     """The floor and every scheme, as the harness wants them."""
     found: Sequence[UprobeScheme] = tuple(SCHEMES.values())
     if lookup_only:
-        return [Lookups(FLOOR, floor_lookup, world), *(Lookups(s.name, s.lookup, world) for s in found)]
-    return [Hits(FLOOR, floor_handle_swbp, world), *(Hits(s.name, s.handle_swbp, world) for s in found)]
+        lookups = [Lookups(s.name, s.lookup, world) for s in found]
+        return [Lookups(FLOOR, floor_lookup, world), *lookups] if floor else lookups
+    hits = [Hits(s.name, s.handle_swbp, world) for s in found]
+    return [Hits(FLOOR, floor_handle_swbp, world), *hits] if floor else hits
 
 
 # ---------------------------------------------------------------------------- the report
@@ -233,13 +239,14 @@ def spread(values: list[float]) -> str:
 
 def show(console: Console, table: Table, what: str) -> None:
     """Print the table, one row per scheme and number of threads, and the three figures people ask for."""
+    base = FLOOR if FLOOR in table.schemes else MMAP_LOCK
     out = RichTable(title=what, title_justify="left")
     for column in (
         "scheme",
         "threads",
         "ns",
         "throughput to 1 thread",
-        "throughput to the floor",
+        f"throughput to {'the floor' if base == FLOOR else base}",
         "rejected",
     ):
         out.add_column(column, justify="left" if column == "scheme" else "right")
@@ -252,11 +259,12 @@ def show(console: Console, table: Table, what: str) -> None:
                 str(n),
                 f"{ns:.0f}" if ns is not None else "-",
                 spread(table.scaling(name, n)) if n > 1 else "",
-                spread(table.ratio(name, FLOOR, n)) if name != FLOOR else "",
+                spread(table.ratio(name, base, n)) if name != base else "",
                 str(cell.rejected),
             )
     console.print(out)
-    figures(console, table)
+    if base == FLOOR:
+        figures(console, table)
 
 
 def figures(console: Console, table: Table) -> None:
@@ -281,7 +289,7 @@ def draw(table: Table, path: Path, what: str) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    base = table.cells[FLOOR, 1].samples
+    base = table.cells[FLOOR if FLOOR in table.schemes else MMAP_LOCK, 1].samples
     for name in table.schemes:
         heights = []
         for n in table.threads:
@@ -292,7 +300,7 @@ def draw(table: Table, path: Path, what: str) -> None:
         axes.plot(table.threads, heights, style, marker="o", label=name)
     axes.set_xticks(table.threads)
     axes.set_xlabel("threads")
-    axes.set_ylabel("throughput (the floor on one thread is 1)")
+    axes.set_ylabel(f"throughput ({'the floor' if FLOOR in table.schemes else MMAP_LOCK} on one thread is 1)")
     axes.set_ylim(bottom=0)
     axes.set_title(what)
     axes.legend(fontsize="small")
@@ -303,26 +311,30 @@ def draw(table: Table, path: Path, what: str) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="uprobe_lookup.py", description=(__doc__ or "").splitlines()[0])
-    default = ",".join(str(n) for n in sorted({1, 2, 4, 8, 16}) if n <= len(allowed_cpus()))
     parser.add_argument(
-        "--threads", default=default, metavar="LIST", help=f"numbers of threads (default {default})"
+        "--threads", metavar="LIST", help="numbers of threads (default: 1,2,4... as there are CPUs)"
     )
     parser.add_argument("--passes", type=int, default=9, help="passes over all cells (default 9)")
     parser.add_argument("--milliseconds", type=float, default=8.0, help="length of one sample (default 8)")
     parser.add_argument("--probes", type=int, default=200, help="how many functions to probe (default 200)")
     parser.add_argument("--lookup-only", action="store_true", help="time the lookup, not the whole hit")
+    parser.add_argument(
+        "--writer", type=float, metavar="MS", help="a task maps and unmaps a page beside the hits, every MS"
+    )
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the curves")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample")
     args = parser.parse_args(argv)
+    top = len(allowed_cpus()) - (args.writer is not None)
+    if args.threads is None:
+        args.threads = ",".join(str(n) for n in (1, 2, 4, 8, 16) if n <= max(top, 1))
     try:
         args.threads = [int(part) for part in args.threads.split(",")]
     except ValueError:
         parser.error(f"--threads takes numbers separated by commas, not {args.threads!r}")
-    top = len(allowed_cpus())
     if any(not 1 <= n <= top for n in args.threads):
-        parser.error(f"--threads: this machine has {top} processors for us, and each thread needs its own")
-    for name in ("passes", "probes", "milliseconds"):
-        if getattr(args, name) <= 0:
+        parser.error(f"--threads: this machine has {top} processors for them, and each thread needs its own")
+    for name in ("passes", "probes", "milliseconds", "writer"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name} must be above 0")
     return args
 
@@ -346,15 +358,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sys.stderr.isatty():
             print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
 
-    table = measure(
-        schemes(world, args.lookup_only),
-        args.threads,
-        passes=args.passes,
-        milliseconds=args.milliseconds,
-        progress=progress,
-    )
+    beside = contextlib.ExitStack()
+    timed = schemes(world, args.lookup_only, floor=args.writer is None)
+    if args.writer is not None:
+        writer = beside.enter_context(Writer(world.mm, allowed_cpus()[-1], args.writer / 1000))
+        timed = [Beside(scheme, writer) for scheme in timed]
+    with beside:
+        table = measure(
+            timed, args.threads, passes=args.passes, milliseconds=args.milliseconds, progress=progress
+        )
     progress("")
     show(console, table, f"What {what} costs, by scheme")
+    for scheme in timed:
+        if isinstance(scheme, Beside):
+            console.print(
+                f"{scheme.name}: {scheme.rounds / scheme.seconds:.0f} mmap and munmap a second beside it"
+            )
     if args.png:
         draw(table, args.png, f"Throughput of {what}")
         console.print(f"drawn: {args.png}", highlight=False)
