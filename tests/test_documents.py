@@ -14,7 +14,7 @@ from kmodel.cli.main import build_parser, main
 from kmodel.hazards.catalogue import CatalogueError, find_scenario
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 
 LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")

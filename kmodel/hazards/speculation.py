@@ -15,7 +15,7 @@ import mmap as prot
 from typing import Any
 
 from kmodel.core import boot, current
-from kmodel.fs import PAGE_SIZE, File, filp_close, open_file
+from kmodel.fs import O_RDONLY, PAGE_SIZE, File, alloc_empty_file, filp_close, open_file
 from kmodel.hazards.catalogue import Scenario, register
 from kmodel.mm import MAP_FIXED, MmStruct, mmap, mprotect, munmap
 from kmodel.rcu import rcu_read_lock_trace, rcu_read_unlock_trace
@@ -69,7 +69,7 @@ def lookup(state: State, address: int) -> Uprobe | None:
 def _speculation(
     name: str, hazards: str, summary: str, setup: Any, threads: Any, guard: str, **more: Any
 ) -> None:
-    more.setdefault("memory", "sc")
+    more = {"memory": "sc", "breaks": "assertion", **more}
     options = {"races": False, **more.pop("options", {})}
     register(
         Scenario(
@@ -79,7 +79,6 @@ def _speculation(
             setup=setup,
             threads=threads,
             without=guard,
-            breaks="assertion",
             options=options,
             **more,
         )
@@ -198,4 +197,42 @@ _speculation(
     last_reference_is_the_mapping,
     (hit_first_page, unmap_and_open),
     "no-final-retry",
+)
+
+
+# ------------------------------------------------------------------------- H12, H14: pointers
+
+
+def unmap_and_begin_to_open(state: State) -> None:
+    """The last reference goes, and somebody begins to open a file in its memory: it has no inode yet."""
+    munmap(state.mm, TEXT, PAGE_SIZE)
+    state.opened = alloc_empty_file(O_RDONLY)  # type: ignore[attr-defined]
+
+
+_speculation(
+    "speculation-inode-key",
+    "H12",
+    "A lookup follows the inode of a file that is just being opened: there is none.",
+    last_reference_is_the_mapping,
+    (hit_first_page, unmap_and_begin_to_open),
+    "no-inode-as-key",
+    breaks="error",
+)
+
+
+def unmap_and_map_anonymous(state: State) -> None:
+    """The VMA's memory becomes an anonymous mapping, which has no file."""
+    munmap(state.mm, TEXT, PAGE_SIZE)
+    flags = prot.MAP_PRIVATE | prot.MAP_ANONYMOUS | MAP_FIXED
+    mmap(state.mm, TEXT2, PAGE_SIZE, prot.PROT_READ, flags)
+
+
+_speculation(
+    "speculation-file-once",
+    "H14",
+    "vm_file is tested, and loaded again where it is used: NULL by then.",
+    first_page_mapped,
+    (hit_first_page, unmap_and_map_anonymous),
+    "no-vm-file-once",
+    breaks="error",
 )

@@ -27,7 +27,7 @@ two or so after mm_lock_seq_bits(2).
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from kmodel.core import READ_ONCE, guards, smp_load_acquire, smp_rmb, smp_store_release
+from kmodel.core import READ_ONCE, WRITE_ONCE, guards, smp_load_acquire, smp_rmb, smp_store_release
 from kmodel.mm.mm_struct import MmStruct
 from kmodel.sync import (
     do_raw_write_seqcount_begin,
@@ -54,6 +54,12 @@ _OLD = guards.register(
 
 _WIDE = guards.register(
     "no-wide-mm-seq", "H20, H21: mm_lock_seq is as narrow as can be and comes back to a value somebody knows"
+)
+
+_UNSWEPT = guards.register(
+    "no-mm-seq-sweep",
+    "what Linux 7.2 does, rather than a guard: a VMA keeps the number of its last write lock when "
+    "mm_lock_seq wraps (H21). Without it every VMA is marked as unlocked then",
 )
 
 _int_seq = False
@@ -127,6 +133,20 @@ def mm_lock_seqcount_end(mm: MmStruct) -> None:
         smp_store_release(seq, "sequence", (seq.sequence + 1) & mm_lock_seq_largest())
     else:
         do_raw_write_seqcount_end(mm.mm_lock_seq, mm_lock_seq_largest())
+        if guards.any_removed and _UNSWEPT in guards.removed and mm.mm_lock_seq.sequence == 0:
+            _sweep(mm)
+
+
+def _sweep(mm: MmStruct) -> None:
+    """Not in Linux, but what would end H21 there: the count has wrapped, so forget what VMAs were locked at.
+
+    Every write lock has just ended, and mmap_lock is still held, so nobody takes a new one. An even number is
+    that of no write lock; one that is not the count of this moment locks no reader out either.
+    """
+    from kmodel.mm.vma_iter import for_each_vma
+
+    for vma in for_each_vma(mm):
+        WRITE_ONCE(vma, "vm_lock_seq", 2)
 
 
 def mmap_lock_speculate_try_begin(mm: MmStruct) -> tuple[bool, int]:

@@ -14,6 +14,7 @@ from errno import EFAULT, EINTR, EINVAL, ENOMEM, EPERM
 
 import attrs
 
+from kmodel.core import guards
 from kmodel.fs import get_file, task_work_run
 from kmodel.mm import hooks, mm_struct
 from kmodel.mm.anon_vma import anon_vma_clone, unlink_anon_vmas
@@ -61,6 +62,10 @@ from kmodel.mm.vma_lock import vma_start_write
 from kmodel.mm.vma_merge import vma_merge_extend, vma_merge_new_range, vmg_of
 from kmodel.mm.vma_prepare import vma_link_file
 from kmodel.mm.vma_unmap import do_munmap
+
+_SKIP = guards.register(
+    "no-skip-vma-uprobe", "H75: a merge installs a breakpoint where a page that has one is about to be moved"
+)
 
 _unaccounts = False
 
@@ -273,7 +278,7 @@ def copy_vma(vrm: VmaRemapStruct) -> VmAreaStruct | None:
     vmg.pgoff = pgoff
     vmg.middle, vmg.copied_from = None, vma
     # A merge would install breakpoints, which the moved pages then hide (H75).
-    vmg.skip_vma_uprobe = vma.vm_file is not None
+    vmg.skip_vma_uprobe = vma.vm_file is not None and not (guards.any_removed and _SKIP in guards.removed)
     start = vma.vm_start
     new_vma = vma_merge_new_range(vmg)
     if new_vma is not None:

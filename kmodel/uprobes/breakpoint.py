@@ -63,6 +63,7 @@ guards.register(
 guards.register(
     "no-has-uprobes-first", "H51: a breakpoint of ours is hit before the mm admits to having any: SIGTRAP"
 )
+guards.register("no-ref-ctr-revert", "H54: a breakpoint that could not be written stays counted")
 guards.register("no-verify-opcode", "H54: a second install of the same breakpoint counts the semaphore twice")
 
 
@@ -153,7 +154,7 @@ def uprobe_write_opcode(uprobe: Uprobe, vma: Any, vaddr: int, opcode: int, is_re
             return ret
     ret = write_page(vma, vaddr, bytes([opcode]))
     if ret < 0:
-        if ref_ctr_updated:
+        if ref_ctr_updated and "no-ref-ctr-revert" not in guards.removed:
             update_ref_ctr(uprobe, mm, -1 if is_register else 1)
         return ret
     if not is_register:

@@ -14,6 +14,9 @@ put_uprobe() may be called from a timer (softirq), where taking the treelock is 
 item (H56).
 """
 
+from collections.abc import Callable
+from functools import partial
+
 from kmodel.core import (
     Struct,
     atomic,
@@ -61,6 +64,8 @@ guards.register(
     "what Linux 7.2 does, rather than a guard: a lease that a task takes after the SRCU wait, and before it "
     "leaves RCU tasks trace, is not waited for. Without it the two waits change places",
 )
+guards.register("no-callback-chain", "H09: one rcu_head is queued for two grace periods at a time")
+guards.register("no-free-work", "H56: the last put is a timer's, and takes a mutex")
 guards.register("no-active-test", "H07: a node that __insert_uprobe took out of the tree is taken out again")
 
 
@@ -110,6 +115,9 @@ def put_uprobe(uprobe: Uprobe) -> None:
         return
     atomic_inc(ledger, "dying")
     uprobe.work = WorkStruct(uprobe_free_deferred, container=uprobe)
+    if "no-free-work" in guards.removed:
+        uprobe_free_deferred(uprobe.work)
+        return
     schedule_work(uprobe.work)
 
 
@@ -137,9 +145,27 @@ def uprobe_free_deferred(work: WorkStruct) -> None:
         uprobe_free_srcu(uprobe)
         return
     if "srcu-wait-first" in guards.removed:
-        call_rcu_tasks_trace(uprobe, uprobe_free_then_srcu)
+        queue_rcu_head(call_rcu_tasks_trace, uprobe, uprobe_free_then_srcu)
         return
-    call_srcu(uretprobes_srcu, uprobe, uprobe_free_srcu)
+    # One after the other, never both at a time: there is one rcu_head, in the memory of the work item (H09).
+    queue_rcu_head(partial(call_srcu, uretprobes_srcu), uprobe, uprobe_free_srcu)
+    if "no-callback-chain" in guards.removed:
+        queue_rcu_head(call_rcu_tasks_trace, uprobe, uprobe_free_rcu_tasks_trace)
+
+
+def queue_rcu_head(
+    call: Callable[[Uprobe, Callable[[Uprobe], None]], None],
+    uprobe: Uprobe,
+    func: Callable[[Uprobe], None],
+) -> None:
+    """call(&uprobe->rcu, func): the head keeps the function until the grace period is over."""
+    uprobe.work = func  # the union of `rcu` and `work`; its worker has taken what it needs from the item
+    call(uprobe, invoke_rcu_head)
+
+
+def invoke_rcu_head(uprobe: Uprobe) -> None:
+    """What rcu_do_batch does with a head: call the function that is in it, whoever put it there."""
+    uprobe.work(uprobe)
 
 
 def uprobe_free_srcu(uprobe: Uprobe) -> None:
@@ -147,12 +173,12 @@ def uprobe_free_srcu(uprobe: Uprobe) -> None:
     if "no-tasks-trace-wait" in guards.removed:
         uprobe_free_rcu_tasks_trace(uprobe)
         return
-    call_rcu_tasks_trace(uprobe, uprobe_free_rcu_tasks_trace)
+    queue_rcu_head(call_rcu_tasks_trace, uprobe, uprobe_free_rcu_tasks_trace)
 
 
 def uprobe_free_then_srcu(uprobe: Uprobe) -> None:
     """Not in Linux: the other order. Nobody can take a lease any more; wait for those that were taken."""
-    call_srcu(uretprobes_srcu, uprobe, uprobe_free_rcu_tasks_trace)
+    queue_rcu_head(partial(call_srcu, uretprobes_srcu), uprobe, uprobe_free_rcu_tasks_trace)
 
 
 def uprobe_free_rcu_tasks_trace(uprobe: Uprobe) -> None:

@@ -41,6 +41,13 @@ guards.register(
     "H10, H11: a uprobe found through a mapping that changed meanwhile is taken for the right one",
 )
 
+_KEY = guards.register("no-inode-as-key", "H12: the inode of a file that is being opened is followed: NULL")
+_ONCE = guards.register("no-vm-file-once", "H14: vm_file is loaded again after the test for NULL")
+_RECALC = guards.register(
+    "no-recalc-lock",
+    "H52: MMF_HAS_UPROBES is cleared beside a register that sets it: SIGTRAP for ours",
+)
+
 observer: Callable[..., None] | None = None
 """For oracles: called with (mm, bp_vaddr, seq, vma, vm_file, inode, offset, uprobe, accepted) at the end of
 every speculation that found a uprobe."""
@@ -65,10 +72,14 @@ def find_active_uprobe_speculative(bp_vaddr: int, task: TaskStruct | None = None
         vm_file = READ_ONCE(vma, "vm_file")  # perhaps another file by now, in the same memory
         if vm_file is None:
             return None
+        if guards.any_removed and _ONCE in guards.removed:
+            vm_file = vma.vm_file  # as a compiler may do with a plain load: load it where it is used
         # Plain reads of fields that a writer may be changing: any nonsense they yield is thrown away below.
         # The same goes for f_inode, which is compared with keys of the tree and never followed (H12).
         offset = (vma.vm_pgoff << PAGE_SHIFT) + (bp_vaddr - vma.vm_start)
         inode = vm_file.f_inode
+        if guards.any_removed and _KEY in guards.removed:
+            inode.i_mapping  # noqa: B018  # as a table of uprobes per inode would
         uprobe = find_uprobe_rcu(inode, offset)
         if uprobe is None:
             return None
@@ -130,4 +141,9 @@ def mmf_recalc_uprobes(mm: Any) -> None:
     for vma in for_each_vma(mm):
         if valid_vma(vma, False) and vma_has_uprobes(vma, vma.vm_start, vma.vm_end):
             return
+    if guards.any_removed and _RECALC in guards.removed:
+        mmap_read_unlock(mm)
+        clear_bit(MMF_HAS_UPROBES, mm, "flags")
+        mmap_read_lock(mm)
+        return
     clear_bit(MMF_HAS_UPROBES, mm, "flags")

@@ -61,6 +61,9 @@ from kmodel.uprobes.tree import insert_uprobe
 from kmodel.uprobes.uprobe import Uprobe, init_uprobe
 
 guards.register("no-unregister-sync", "H44, H45, P7: a consumer is freed while a handler chain is at it")
+guards.register(
+    "no-register-rollback", "H45: a registration that fails halfway leaves its consumer on the list"
+)
 guards.register("no-consumer-before-scan", "H49: a mapping made during the scan is seen by neither side")
 guards.register(
     "no-install-write-lock", "H50: a breakpoint of ours appears between lookup and trap test: SIGTRAP"
@@ -199,7 +202,8 @@ def uprobe_register(inode: Any, offset: int, ref_ctr_offset: int, uc: UprobeCons
     up_write(uprobe.register_rwsem)
 
     if ret:
-        uprobe_unregister_nosync(uprobe, uc)
+        if "no-register-rollback" not in guards.removed:
+            uprobe_unregister_nosync(uprobe, uc)
         uprobe_unregister_sync()  # some mms had the breakpoint already: handlers may run at this moment (H45)
         return ret
     return uprobe

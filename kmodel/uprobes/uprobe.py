@@ -6,7 +6,6 @@ Guards:      see the groups of fields; inode, offset and ref_ctr_offset never ch
 Invariants:  U1 ref never goes from 0 to 1, U2 keys are unique in uprobes_tree, U3 freed only after both grace
              periods
 Leaves out:  nothing of the struct; `rcu` and `work`, which share memory in the kernel, are one field `work`
-             and rcu's own queue
 Read next:   uprobes/tree.py, then uprobes/lifetime.py
 """
 
@@ -46,7 +45,8 @@ class Uprobe(RbNode):
     flags: int = atomic(default=0)
     arch: ArchUprobe = embedded(factory=ArchUprobe)
 
-    # who is last to put it: the work item of its deferred free
+    # whose turn it is in its end: the work item of the deferred free, then the function of its rcu_head (a
+    # union)
     work: Any = field(default=None)
 
 

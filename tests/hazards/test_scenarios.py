@@ -1,5 +1,6 @@
 """Every scenario of the catalogue, explored with its guard and without."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,15 @@ pytestmark = pytest.mark.explore
 
 DOCS = Path(__file__).parents[2] / "docs" / "hazards.md"
 LINES = 90
-"""A timeline that is longer than this does not help anybody."""
+"""A timeline that is longer than this does not help anybody ..."""
+WHOLE_CALLS = {"registration": 300, "breakpoints": 150, "maps": 110}
+"""... except in modules whose tasks are whole registrations, forks, mmap(2)."""
 
 CATALOGUE = list(scenarios().values())
 every_scenario = pytest.mark.parametrize("scenario", CATALOGUE, ids=lambda s: s.name)
+
+TO_COME = {"H57", "H58", "H59", "H60", "H61", "H62", "H63", "H64", "H65", "H66", "H67", "H68", "H73"}
+"""Return probes, single-stepping out of line, counted references: docs/limits.md, uprobes."""
 
 _guarded: dict[Any, Result] = {}
 
@@ -65,7 +71,8 @@ def test_without_the_guard(scenario: Scenario) -> None:
     assert scenario.breaks == result.violation.kind
     # ... and one can see how: the timeline fits on a page or two, and says what is wrong.
     lines = result.timeline().splitlines()
-    assert len(lines) <= LINES, "\n".join(lines)
+    limit = WHOLE_CALLS.get(scenario.setup.__module__.rpartition(".")[2], LINES)
+    assert len(lines) <= limit, "\n".join(lines)
     assert any("***" in line for line in lines)
 
 
@@ -94,6 +101,21 @@ def test_the_table_of_the_documentation_has_every_scenario() -> None:
     assert expected == actual
     for scenario in CATALOGUE:
         assert all(f"`{guard}`" in rows[scenario.name][2] for guard in scenario.without), scenario.name
+
+
+def test_every_hazard_is_shown_or_said_to_be_elsewhere() -> None:
+    """Each of H01 to H76 has a scenario, or a line in docs/hazards.md that says where it is, or is known to
+    come.
+    """
+    text = DOCS.read_text()
+    section = text.partition("## Hazards without a row")[2].partition("\n## ")[0]
+    elsewhere = set(re.findall(r"^\| (H\d\d) \|", section, re.MULTILINE))
+    shown = {hazard for scenario in CATALOGUE for hazard in scenario.hazards}
+    missing = {f"H{n:02}" for n in range(1, 77)} - shown - elsewhere
+
+    assert missing <= TO_COME, sorted(missing)
+    for path in re.findall(r"\]\(([^)]+)\)", section):
+        assert (DOCS.parent / path).exists(), path
 
 
 def test_the_table_is_printed_by_a_command(capsys: pytest.CaptureFixture[str]) -> None:
