@@ -242,7 +242,9 @@ fetch_source() {
             ! fetch_from "$uri" "$suite" || return 0
         done
     done
-    reason=$(grep -m 1 '^E: ' "$work/fetch.log" || echo "apt's configuration names no $distribution archive")
+    # Below an "Err:" line stands what went wrong on the way; the "E:" lines only say what is missing for it.
+    reason=$(sed -n '/^Err:/ { n; s/^  *//p; q }' "$work/fetch.log")
+    [ -n "$reason" ] || reason=$(grep -m 1 '^E: ' "$work/fetch.log") || reason="apt's configuration names no $distribution archive"
     die "cannot fetch the source of CPython with apt (${reason#E: }); check the network, or $ADVICE"
 }
 
