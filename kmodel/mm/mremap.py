@@ -67,6 +67,12 @@ _SKIP = guards.register(
     "no-skip-vma-uprobe", "H75: a merge installs a breakpoint where a page that has one is about to be moved"
 )
 
+_BESIDE = guards.register(
+    "mremap-beside-register",
+    "what Linux 7.2 does, rather than a guard: mremap(2) moves a mapping between the scan of a registration "
+    "and its visit, which then misses it. Without it mremap(2) keeps registrations out as fork(2) does",
+)
+
 _unaccounts = False
 
 
@@ -105,12 +111,22 @@ def mremap(mm: MmStruct, old_addr: int, old_len: int, new_len: int, flags: int, 
     error = check_mremap_params(vrm)
     if error:
         _raise(error)
-    if mmap_write_lock_killable(mm):
-        _raise(-EINTR)
-    result = do_mremap(vrm)
-    mmap_write_unlock(mm)
+    if guards.any_removed and _BESIDE in guards.removed:
+        hooks.uprobe_start_dup_mmap()
+        result = _locked(vrm)
+        hooks.uprobe_end_dup_mmap()
+    else:
+        result = _locked(vrm)
     task_work_run()
     return _raise(result)
+
+
+def _locked(vrm: VmaRemapStruct) -> int:
+    if mmap_write_lock_killable(vrm.mm):
+        return -EINTR
+    result = do_mremap(vrm)
+    mmap_write_unlock(vrm.mm)
+    return result
 
 
 def check_mremap_params(vrm: VmaRemapStruct) -> int:
