@@ -305,9 +305,9 @@ def closing(
         kind = result.violation.kind if result.violation is not None else ""
         wanted = scenario.breaks if arguments.broken and expected is Verdict.FAIL else ""
         if expected is not None and (result.verdict is not expected or (wanted and kind != wanted)):
-            lines.append(
-                f"NOT AS EXPECTED: the catalogue says {expected.value}{f' ({wanted})' if wanted else ''}"
-            )
+            says = f"the catalogue says {expected.value}{f' ({wanted})' if wanted else ''}"
+            other_model = arguments.memory not in (None, scenario.memory)
+            lines.append(f"{says} of {scenario.memory}" if other_model else f"NOT AS EXPECTED: {says}")
     return lines if len(lines) > 1 else []
 
 
