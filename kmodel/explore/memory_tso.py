@@ -8,15 +8,34 @@ Leaves out:  the compiler, which may reorder what lkmm lets it; rcu_read_unlock(
 Read next:   explore/memory_lkmm.py
 
 Each task has a companion that drains its buffer; the search chooses when, as it chooses for tasks. Putting
-a store into the buffer is nobody else's business, so it is no event; its way to memory is.
+a store into the buffer is nobody else's business, so it is no event; its way to memory is, and so is a load
+of what may still be in the buffer.
 """
 
 from collections.abc import Callable
 from typing import Any
 
+import attrs
+
 from kmodel.core.struct import raw_set
-from kmodel.explore.events import FENCE, FLUSH, LOAD, Loc, Runner
+from kmodel.explore.events import FENCE, FLUSH, FREE, LOAD, Loc, Runner
 from kmodel.explore.memory_sc import ScEngine
+from kmodel.explore.search import Node
+
+
+@attrs.define(eq=False)
+class Buffered:
+    """A store on its way to memory: what its task knew, and which of its loads have read it here."""
+
+    loc: Loc
+    value: Any
+    order: str
+    clock: int
+    known: int
+    nocheck: bool
+    loads: list[int] = attrs.field(factory=list)
+    allr: int = 0
+    plainr: int = 0
 
 
 class TsoEngine(ScEngine):
@@ -26,7 +45,7 @@ class TsoEngine(ScEngine):
 
     def reset(self) -> None:
         super().reset()
-        self.buffers: dict[int, list[tuple[Loc, Any, str, int, int, bool]]] = {}
+        self.buffers: dict[int, list[Buffered]] = {}
 
     def born(self, child: Runner, parent: Runner | None) -> None:
         super().born(child, parent)
@@ -49,18 +68,63 @@ class TsoEngine(ScEngine):
     def _load(self, obj: Any, field: str, order: str) -> Any:
         me = self.cur
         if me is not None:
-            buffer = self.buffers[me.idx]
-            if buffer:
-                for loc, value, *_ in reversed(buffer):
-                    if loc.obj is obj and loc.field == field:
-                        if self.recorder is not None:
-                            self.recorder.load(me, loc, LOAD, order, value, forwarded=True)
-                        return value
-            key = (obj._k_id, field)
-            if key in self.locs and id(self.locs[key]) in me.pointers:
-                # Its own store to here has reached memory.
-                me.clock |= self.clk[me.pointers[id(self.locs[key])]]
+            loc = self.locs.get((obj._k_id, field))
+            if loc is not None and loc.obj is obj and (id(loc) in me.pointers or self._newest(me, loc)):
+                me.kind, me.loc = LOAD, loc
+                return self._load_own(me, self.point(me), loc, order)
         return super()._load(obj, field, order)
+
+    def _newest(self, me: Runner, loc: Loc) -> Buffered | None:
+        """The last store to `loc` in the task's buffer."""
+        return next((b for b in reversed(self.buffers[me.idx]) if b.loc is loc), None)
+
+    def _load_own(self, me: Runner, d: int, loc: Loc, order: str) -> Any:
+        """Load where the task has stored. While nobody else's store came behind its own, it reads its own,
+        from the buffer or from memory: the load and the way of its store to memory are independent.
+        """
+        newest = self._newest(me, loc)
+        if loc.freed >= 0 or (newest is None and loc.lastw != me.pointers[id(loc)]):
+            return self.read(me, d, loc, LOAD, order)
+        bit = 1 << d
+        clock = me.clock | bit
+        where = loc if newest is None else newest
+        if not me.nocheck:
+            where.allr |= bit
+            where.plainr |= bit if order == "plain" else 0
+        if newest is None:
+            loc.reads.append(d)
+            loc.rclk |= clock
+            value = loc.get(loc.obj)  # type: ignore[misc]
+            me.turn.append((loc, len(loc.writes)))
+        else:
+            newest.loads.append(d)
+            value = newest.value
+            me.turn.append((loc, len(loc.writes) + sum(b.loc is loc for b in self.buffers[me.idx])))
+        me.K |= bit
+        self.commit(me, d, clock, LOAD, loc, False)
+        if self.recorder is not None:
+            self.recorder.load(me, loc, LOAD, order, value, forwarded=newest is not None)
+        return value
+
+    def still_asleep(self, parent: Node) -> dict[int, Any]:
+        found = super().still_asleep(parent)
+        loc, task = self.ev_loc, parent.task
+        if loc is None or self.ev_kind == FREE:
+            return found
+        for t, stores in parent.sleep.items():
+            sleeper = self.runners[t]
+            if t == task or t in found or sleeper.loc is not loc:
+                continue
+            if sleeper.owner is not None:
+                own = sleeper.owner.idx == task and self.ev_kind == LOAD
+            else:
+                own = sleeper.kind == LOAD and self._reads_own(sleeper, loc)
+            if own:
+                found[t] = stores
+        return found
+
+    def _reads_own(self, me: Runner, loc: Loc) -> bool:
+        return self._newest(me, loc) is not None or loc.lastw == me.pointers.get(id(loc))
 
     def _store(self, obj: Any, field: str, value: Any, order: str) -> None:
         me = self.cur
@@ -76,7 +140,7 @@ class TsoEngine(ScEngine):
         if not buffer:
             assert me.flusher is not None
             me.flusher.loc = loc
-        buffer.append((loc, value, order, me.clock, me.K, me.nocheck))
+        buffer.append(Buffered(loc, value, order, me.clock, me.K, me.nocheck))
         me.dirty = True
         if self.recorder is not None:
             self.recorder.buffered(me, loc, order, value)
@@ -85,13 +149,20 @@ class TsoEngine(ScEngine):
         owner = runner.owner
         assert owner is not None
         buffer = self.buffers[owner.idx]
-        loc, value, order, clock, known, nocheck = buffer.pop(0)
+        stored = buffer.pop(0)
+        loc, order, value = stored.loc, stored.order, stored.value
         d = self.depth
-        runner.clock |= clock
-        runner.K |= known
-        runner.nocheck = nocheck
+        runner.clock |= stored.clock
+        runner.K |= stored.known
+        runner.nocheck = stored.nocheck
         self.write(runner, d, loc, FLUSH, order, value)
-        runner.loc = buffer[0][0] if buffer else None
+        # From here on somebody else's store could have come between this one and these loads of it.
+        loc.reads += stored.loads
+        loc.allr |= stored.allr
+        loc.plainr |= stored.plainr
+        for load in stored.loads:
+            loc.rclk |= self.clk[load]
+        runner.loc = buffer[0].loc if buffer else None
         owner.K |= 1 << d
         owner.pointers[id(loc)] = d
         if self.recorder is not None:
@@ -122,7 +193,10 @@ class TsoEngine(ScEngine):
 
     def _cond(self, obj: Any, field: str, cond: Callable[[Any], bool], order: str, doing: str) -> Any:
         me = self.cur
-        if me is not None and any(loc.obj is obj and loc.field == field for loc, *_ in self.buffers[me.idx]):
+        if me is not None and self._newest(me, self.loc_of(obj, field)):
+            value = self._load(obj, field, order)
+            if cond(value):
+                return value
             self.drain(me)
         return super()._cond(obj, field, cond, order, doing)
 

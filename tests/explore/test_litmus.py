@@ -8,8 +8,8 @@ import pytest
 from kmodel.explore import Verdict
 from kmodel.explore.litmus import LitmusError, judge, read_litmus, run_litmus, states
 
-DATA = Path(__file__).parent.parent / "data" / "litmus.json.gz"
-TESTS = read_litmus(DATA)
+LITMUS = Path(__file__).parent.parent / "data" / "litmus.json.gz"
+TESTS = read_litmus(LITMUS)
 
 
 @pytest.mark.parametrize("family", ["ring", "mp_like", "seqlock", "rcu", "lock"])
