@@ -1,9 +1,9 @@
 """Does the running kernel miss mappings that mremap(2) moves beside a registration?
 
 docs/findings/register-mremap.md says why it may. Two processes of this program's own map a page of code
-and move it to and fro. A probe of that page is enabled and disabled through tracefs; after each, the processes
-are stopped and the probed byte is read. Then the same with the processes stopped all the time. With --run they
-also call the code, and may be killed by SIGTRAP.
+and move it to and fro. A probe of that page is enabled and disabled through tracefs; after each, they are
+stopped and the probed byte is read. Then the same with both stopped all the time. With --run they also call
+the code, and may be killed by SIGTRAP.
 
     python -m stress.register_mremap_live --seconds 20
 
