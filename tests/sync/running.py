@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from kmodel.core import CoopEngine, TaskStruct, atomic_inc, cpu_relax, engine, kthread_run, variables
+from kmodel.core import CoopEngine, TaskStruct, atomic_inc, boot, cpu_relax, engine, kthread_run, variables
 from kmodel.sync import rcu_sync
 
 SEEDS = range(50)
@@ -58,6 +58,7 @@ def failures(
 
 def trace_of(seed: int, setup: Callable[[], Any], threads: Sequence[Callable[[Any], Any]]) -> list[Any]:
     """The trace of one cooperative run."""
+    boot()  # waits, on the engine that began them, for grace periods that earlier tests left behind
     cooperative = CoopEngine(seed)
     cooperative.run(setup, threads)
     return cooperative.trace
