@@ -8,7 +8,7 @@ from kmodel.core import READ_ONCE, WRITE_ONCE, variables, xchg
 from kmodel.explore import Verdict, explore
 from kmodel.explore.litmus import read_litmus, run_litmus
 from kmodel.explore.split import merge
-from tests.explore.test_litmus import DATA
+from tests.explore.test_litmus import LITMUS
 
 
 def bump(v: Any) -> None:
@@ -32,7 +32,7 @@ def test_parts_sum_up(parts: int) -> None:
 @pytest.mark.parametrize("memory", ["tso", "lkmm"])
 def test_parts_under_weak_memory(memory: str) -> None:
     """Outcome sets of litmus tests are the same in parts."""
-    for test in read_litmus(DATA)[::40]:
+    for test in read_litmus(LITMUS)[::40]:
         whole = run_litmus(test, memory)
         together = merge(run_litmus(test, memory, part=(part, 3)) for part in range(3))
         assert together.outcomes == whole.outcomes, test["name"]
