@@ -16,6 +16,7 @@ its start; the memory model offers both (a label of the event), here they are on
 from collections.abc import Callable
 from typing import Any
 
+from kmodel.core.report import LockingBug
 from kmodel.core.struct import KernelObject
 from kmodel.explore.events import BARRIER, RCU_LOCK, RCU_UNLOCK, Loc, Runner
 
@@ -109,6 +110,8 @@ class RcuSpecification:
             for other in e.runners:
                 section = section or other.sections.pop(idx, None)
         if section is None:
+            if idx:  # 0: begun before the execution, where nothing is recorded
+                raise LockingBug(f"a section of {self.domain(domain).name} is ended twice")
             return
         dom = section.domain
         me.what = section

@@ -49,10 +49,8 @@ from kmodel.mm.fork import mm_alloc
 from kmodel.mm.mm_struct import MmStruct
 from kmodel.mm.mmap import generic_file_vm_ops, shmem_dev, shmem_vm_ops
 from kmodel.mm.mmap_lock import mmap_write_lock, mmap_write_unlock
-from kmodel.mm.vma import VmAreaStruct, VmOperations, vm_area_alloc, vm_flags_init, vma_set_range
-from kmodel.mm.vma_iter import vma_iter_init, vma_iter_store_gfp
-from kmodel.mm.vma_lock import vma_start_write
-from kmodel.mm.vma_prepare import vma_link_file
+from kmodel.mm.special_mapping import insert_vm_struct, special_mapping_vmops
+from kmodel.mm.vma import VmAreaStruct, vm_area_alloc, vm_flags_init, vma_set_range
 
 _LINE: Final = re.compile(
     r"([0-9a-f]+)-([0-9a-f]+) ([r-][w-][x-][ps]) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)"
@@ -151,12 +149,8 @@ def _insert(mm: MmStruct, line: MapsLine, lines: list[MapsLine], files: dict[Any
         vma.vm_ops = special_mapping_vmops
         vma.vm_private_data = line.name
     vm_flags_init(vma, _vm_flags(line, vma))
-    vma_start_write(vma)
-    if vma_iter_store_gfp(vma_iter_init(mm, line.start), vma):
+    if insert_vm_struct(mm, vma):
         raise MemoryError
-    mm.map_count += 1
-    mm.total_vm += (line.end - line.start) >> PAGE_SHIFT
-    vma_link_file(vma)
 
 
 def _set_gate_vma(mm: MmStruct, line: MapsLine) -> None:
@@ -166,13 +160,6 @@ def _set_gate_vma(mm: MmStruct, line: MapsLine) -> None:
     vma.vm_private_data = line.name
     vm_flags_init(vma, (VM_READ if "r" in line.perms else 0) | VM_EXEC)
     mm.gate_vma = vma
-
-
-def _special_mapping_name(vma: VmAreaStruct) -> str | None:
-    return vma.vm_private_data  # type: ignore[no-any-return]
-
-
-special_mapping_vmops: Final = VmOperations(name=_special_mapping_name)
 
 
 def _vm_flags(line: MapsLine, vma: VmAreaStruct) -> int:

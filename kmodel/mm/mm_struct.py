@@ -33,6 +33,14 @@ sysctl_max_map_count = 65530
 
 
 @kernel_struct
+class UprobesState(Pooled):
+    """struct uprobes_state: what uprobes/ keeps for each address space."""
+
+    # published under mmap_lock (write), with release; read with READ_ONCE
+    xol_area: Any = None
+
+
+@kernel_struct
 class MmStruct(Pooled):
     """An address space (struct mm_struct). `MmStruct()` and mm_alloc() give an empty one with one user."""
 
@@ -68,7 +76,7 @@ class MmStruct(Pooled):
     gate_vma: Any = untraced(default=None)
 
     # uprobes/'s
-    uprobes_state: Any = None
+    uprobes_state: UprobesState = embedded(factory=UprobesState)
 
     __hash__ = object.__hash__
 

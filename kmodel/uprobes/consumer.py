@@ -13,10 +13,18 @@ Read next:   uprobes/handler.py, which calls the handlers
 from collections.abc import Callable
 from typing import Any, Final
 
-from kmodel.core import Struct, atomic, atomic_inc_return, field, initcall, kernel_struct
+import attrs
+
+from kmodel.core import Struct, atomic, atomic_inc_return, field, guards, initcall, kernel_struct
 from kmodel.rcu import ListHead, list_add_rcu, list_del_rcu, list_for_each_entry
 from kmodel.sync import down_read, down_write, up_read, up_write
 from kmodel.uprobes.uprobe import Uprobe
+
+_ID_LATE = guards.register(
+    "consumer-id-after-add",
+    "H65: what Linux 7.2 does, rather than a guard: a session is on the list before it has its id. Without "
+    "it the id comes first",
+)
 
 # What a handler may return.
 UPROBE_HANDLER_NORMAL: Final = 0
@@ -28,6 +36,13 @@ UPROBE_HANDLER_IGNORE: Final = 2
 type Handler = Callable[[Any, Any, Any], int]
 type RetHandler = Callable[[Any, int, Any, Any], int]
 type Filter = Callable[[Any, Any], bool]
+
+
+@attrs.define
+class Cookie:
+    """The __u64 that a handler's `data` points to: a session's two handlers share its value."""
+
+    value: int = 0
 
 
 @kernel_struct
@@ -67,8 +82,12 @@ def consumers_init() -> None:
 def consumer_add(uprobe: Uprobe, uc: UprobeConsumer) -> None:
     """Publish a consumer: from here on handlers of `uc` may run."""
     down_write(uprobe.consumer_rwsem)
-    list_add_rcu(uc, uprobe.consumers)
-    uc.id = atomic_inc_return(consumer_ids, "last")
+    if _ID_LATE in guards.removed:
+        uc.id = atomic_inc_return(consumer_ids, "last")
+        list_add_rcu(uc, uprobe.consumers)
+    else:
+        list_add_rcu(uc, uprobe.consumers)
+        uc.id = atomic_inc_return(consumer_ids, "last")
     up_write(uprobe.consumer_rwsem)
 
 

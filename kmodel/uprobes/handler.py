@@ -5,9 +5,9 @@ Guards:      RCU tasks trace from the lookup to the end: it keeps the uprobe and
              readable
 Invariants:  P7 no handler of a consumer runs after uprobe_unregister_sync(), P10 no SIGTRAP for a breakpoint
              that is ours
-Leaves out:  (later parts add these) the return trampoline, return instances and session data, execution out
-             of line: an instruction that cannot be emulated is taken to have been stepped (docs/limits.md)
-Read next:   uprobes/lookup.py
+Leaves out:  execution out of line: an instruction that cannot be emulated is taken to have been stepped
+             (docs/limits.md)
+Read next:   uprobes/lookup.py; uprobes/uretprobe.py for the way back
 
 Where the task goes on, by the value of regs.ip afterwards:
     bp_vaddr        again at the place: nothing was done, or not everything; what is there now is executed
@@ -16,7 +16,18 @@ Where the task goes on, by the value of regs.ip afterwards:
 
 from typing import Any, Final
 
-from kmodel.core import READ_ONCE, WARN, WARN_ON_ONCE, TaskStruct, current, data_race, guards, smp_rmb
+from kmodel.core import (
+    READ_ONCE,
+    WARN,
+    WARN_ON_ONCE,
+    TaskStruct,
+    clear_bit,
+    current,
+    data_race,
+    guards,
+    smp_rmb,
+)
+from kmodel.core.task import TIF_UPROBE
 from kmodel.rcu import list_for_each_entry_rcu, rcu_read_lock_trace, rcu_read_unlock_trace
 from kmodel.sync import down_read, up_read
 from kmodel.uprobes.arch import (
@@ -26,11 +37,20 @@ from kmodel.uprobes.arch import (
     uprobe_get_swbp_addr,
 )
 from kmodel.uprobes.breakpoint import unapply_uprobe
-from kmodel.uprobes.consumer import UPROBE_HANDLER_NORMAL, UPROBE_HANDLER_REMOVE, filter_chain
+from kmodel.uprobes.consumer import (
+    UPROBE_HANDLER_IGNORE,
+    UPROBE_HANDLER_NORMAL,
+    UPROBE_HANDLER_REMOVE,
+    Cookie,
+    filter_chain,
+)
 from kmodel.uprobes.lookup import find_active_uprobe_rcu
+from kmodel.uprobes.return_instance import ReturnInstance, alloc_return_instance, push_consumer
 from kmodel.uprobes.tree import uprobe_is_active
 from kmodel.uprobes.uprobe import UPROBE_COPY_INSN, Uprobe
-from kmodel.uprobes.utask import SIGTRAP, force_sig, get_utask
+from kmodel.uprobes.uretprobe import prepare_uretprobe, uprobe_handle_trampoline
+from kmodel.uprobes.utask import SIGTRAP, UprobeTask, force_sig, get_utask, uprobe_pre_sstep_notifier
+from kmodel.uprobes.xol import uprobe_get_trampoline_vaddr
 
 guards.register(
     "no-copy-insn-test", "H46: handlers and emulation use a uprobe whose instruction was not copied yet"
@@ -46,6 +66,9 @@ def handle_swbp(regs: PtRegs) -> None:
     """Handle the breakpoint that current executed just before regs.ip."""
     task = current()
     bp_vaddr = uprobe_get_swbp_addr(regs)
+    if bp_vaddr == uprobe_get_trampoline_vaddr(task):
+        uprobe_handle_trampoline(regs)
+        return
     rcu_read_lock_trace(task)
     try:
         uprobe, is_swbp = find_active_uprobe_rcu(bp_vaddr, task)
@@ -74,10 +97,7 @@ def handle_uprobe(uprobe: Uprobe, regs: PtRegs, bp_vaddr: int, task: TaskStruct)
     arch = uprobe.arch
     utask = get_utask(task)
     # Here the kernel asks arch_uprobe_ignore(), which no x86 has.
-    utask.auprobe = arch
-    if handler_chain(uprobe, regs):
-        remove_unwanted(uprobe, task.mm)
-    utask.auprobe = None
+    handler_chain(uprobe, regs, utask, task)
     # Here it calls arch_uprobe_optimize(), which is left out.
     if regs.ip != bp_vaddr:
         return  # a handler sent the task elsewhere
@@ -90,26 +110,48 @@ def pre_ssout(regs: PtRegs, bp_vaddr: int) -> None:
     regs.ip = bp_vaddr + UPROBE_SWBP_INSN_SIZE
 
 
-def handler_chain(uprobe: Uprobe, regs: PtRegs) -> bool:
-    """Run the handler of every consumer. Whether there was one and all of them returned
-    UPROBE_HANDLER_REMOVE.
+def handler_chain(uprobe: Uprobe, regs: PtRegs, utask: UprobeTask, task: TaskStruct) -> None:
+    """Run the handler of every consumer; arrange for the return if one wants it; remove the breakpoint from
+    this mm if all of them returned UPROBE_HANDLER_REMOVE.
 
     Filters are not asked here: they were when the breakpoint was installed. A consumer with only a
     ret_handler counts as one that returned 0.
     """
     has_consumers = False
     remove = True
+    ri: ReturnInstance | None = None
+    no_memory = False
+    utask.auprobe = uprobe.arch
     for uc in list_for_each_entry_rcu(uprobe.consumers):
         handler = uc.handler
+        wants_return = uc.ret_handler is not None
         rc = 0
+        cookie = None
         if handler is not None:
-            rc = handler(uc, regs, None)
+            if wants_return:
+                cookie = Cookie()
+            rc = handler(uc, regs, cookie)
             if rc != UPROBE_HANDLER_NORMAL:
                 WARN(rc < 0 or rc > 2, "a uprobe handler did not return an UPROBE_HANDLER_ code")
         if rc != UPROBE_HANDLER_REMOVE:
             remove = False
         has_consumers = True
-    return remove and has_consumers
+
+        if not wants_return or rc in (UPROBE_HANDLER_REMOVE, UPROBE_HANDLER_IGNORE) or no_memory:
+            continue
+        if ri is None:
+            ri = alloc_return_instance(utask)
+            if ri is None:
+                no_memory = True
+                continue
+        if cookie is not None:
+            push_consumer(ri, uc.id, cookie.value)
+    utask.auprobe = None
+
+    if ri is not None:
+        prepare_uretprobe(uprobe, regs, ri)
+    if remove and has_consumers:
+        remove_unwanted(uprobe, task.mm)
 
 
 def remove_unwanted(uprobe: Uprobe, mm: Any) -> None:
@@ -125,3 +167,18 @@ def remove_unwanted(uprobe: Uprobe, mm: Any) -> None:
         WARN_ON_ONCE(not active, "breakpoints of a uprobe that left the tree")
         unapply_uprobe(uprobe, mm)
     up_read(uprobe.register_rwsem)
+
+
+def exc_int3(regs: PtRegs) -> None:
+    """The breakpoint exception: the uprobes notifier, or else SIGTRAP (arch/x86/kernel/traps.c)."""
+    task = current()
+    if not uprobe_pre_sstep_notifier(regs):
+        force_sig(SIGTRAP, task)
+        return
+    uprobe_notify_resume(regs, task)
+
+
+def uprobe_notify_resume(regs: PtRegs, task: TaskStruct) -> None:
+    """On the way back to user space with TIF_UPROBE set."""
+    clear_bit(TIF_UPROBE, task, "thread_info_flags")
+    handle_swbp(regs)

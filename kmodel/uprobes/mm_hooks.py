@@ -29,6 +29,7 @@ from kmodel.uprobes.lifetime import put_uprobe
 from kmodel.uprobes.lookup import vma_has_uprobes
 from kmodel.uprobes.pages import offset_to_vaddr, vaddr_to_offset
 from kmodel.uprobes.ref_ctr import delayed_ref_ctr_inc
+from kmodel.uprobes.xol import uprobe_clear_xol_area
 
 _DUP_MMAP_SEM = guards.register(
     "no-dup-mmap-sem", "H48: a child is linked between the scan and the write: it keeps or lacks a breakpoint"
@@ -125,6 +126,7 @@ def uprobe_clear_state(mm: Any) -> None:
     mutex_lock(delayed.delayed_uprobe_lock)
     delayed.delayed_uprobe_remove(None, mm)
     mutex_unlock(delayed.delayed_uprobe_lock)
+    uprobe_clear_xol_area(mm)
 
 
 hooks.uprobe_mmap = uprobe_mmap

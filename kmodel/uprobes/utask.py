@@ -5,37 +5,75 @@ Models:      include/linux/uprobes.h, struct uprobe_task; kernel/events/uprobes.
 Guards:      a utask belongs to its task
 Invariants:  K3 a trap in an mm without MMF_HAS_UPROBES is never ours: the flag is set before the first
              breakpoint is written
-Leaves out:  single-stepping and return instances (a later part adds their fields here), signal delivery:
-             force_sig only records
-Read next:   uprobes/handler.py
+Leaves out:  signal delivery: force_sig only records
+Read next:   uprobes/handler.py, uprobes/sstep.py, uprobes/uretprobe.py
 """
 
 from typing import Any, Final
 
-from kmodel.core import Struct, TaskStruct, clear_bit, current, kernel_struct, set_bit, test_bit
+from kmodel.core import (
+    Struct,
+    TaskStruct,
+    current,
+    embedded,
+    kernel_struct,
+    set_bit,
+    test_bit,
+)
 from kmodel.core.task import TIF_UPROBE
 from kmodel.mm import MMF_HAS_UPROBES
+from kmodel.sync import Seqcount, TimerList, timer_setup
+from kmodel.uprobes.ri_timer import ri_timer
 
 SIGILL: Final = 4
 SIGTRAP: Final = 5
 
+# Where a task is with a displaced instruction (enum uprobe_task_state).
 UTASK_RUNNING: Final = 0
+UTASK_SSTEP: Final = 1
+UTASK_SSTEP_ACK: Final = 2
+UTASK_SSTEP_TRAPPED: Final = 3
 
 
 @kernel_struct
 class UprobeTask(Struct):
-    """struct uprobe_task."""
+    """struct uprobe_task. All but the return instances' list is the task's own."""
 
     state: int = UTASK_RUNNING
+
+    # a single-step: whose, from where, in which slot; a signal that waits for its end
+    active_uprobe: Any = None
+    vaddr: int = 0
+    xol_vaddr: int = 0
+    signal_denied: bool = False
+
+    # probed functions that have not returned: how many; the innermost first
+    depth: int = 0
+    # write: the task; read: the task, or ri_timer inside RCU
+    return_instances: Any = None
+    # instances to be used again; the task's own
+    ri_pool: Any = None
+    ri_timer: TimerList = embedded(factory=TimerList)
+    # odd while ri_timer walks the list
+    ri_seqcount: Seqcount = embedded(factory=Seqcount)
+
     # the place whose handlers run now, for fetch functions that a handler calls
     auprobe: Any = None
+
+
+def alloc_utask() -> UprobeTask:
+    """A fresh one, with its timer."""
+    utask = UprobeTask()
+    utask.ri_timer.container = utask
+    timer_setup(utask.ri_timer, ri_timer)
+    return utask
 
 
 def get_utask(task: TaskStruct) -> UprobeTask:
     """The task's struct uprobe_task, made at its first hit. Only the task itself calls this."""
     utask: UprobeTask | None = task.utask
     if utask is None:
-        utask = task.utask = UprobeTask()
+        utask = task.utask = alloc_utask()
     return utask
 
 
@@ -53,23 +91,15 @@ def forced_signals(task: TaskStruct | None = None) -> list[int]:
 
 def uprobe_pre_sstep_notifier(regs: Any) -> int:
     """In the breakpoint exception: 1 if this may be ours, and then uprobe_notify_resume() will look on the
-    way to user space.
+    way to user space. Ours are breakpoints, and the trampoline of a task with pending returns (K3).
     """
     task = current()
     mm = task.mm
-    if mm is None or not test_bit(MMF_HAS_UPROBES, mm, "flags"):
+    if mm is None:
         return 0
+    if not test_bit(MMF_HAS_UPROBES, mm, "flags"):
+        utask = task.utask
+        if utask is None or utask.return_instances is None:
+            return 0
     set_bit(TIF_UPROBE, task, "thread_info_flags")
     return 1
-
-
-def exc_int3(regs: Any) -> None:
-    """The breakpoint exception: the uprobes notifier, or else SIGTRAP (arch/x86/kernel/traps.c)."""
-    from kmodel.uprobes.handler import handle_swbp
-
-    if not uprobe_pre_sstep_notifier(regs):
-        force_sig(SIGTRAP)
-        return
-    # The way back to user space: uprobe_notify_resume(), which has no single step to finish here.
-    clear_bit(TIF_UPROBE, current(), "thread_info_flags")
-    handle_swbp(regs)
