@@ -37,6 +37,7 @@ from kmodel.uprobes.arch import arch_uprobe_skip_sstep, uprobe_get_swbp_addr
 from kmodel.uprobes.handler import COPY_INSN, handler_chain, pre_ssout
 from kmodel.uprobes.tree import uprobe_cmp_key
 from kmodel.uprobes.utask import get_utask
+from kmodel.uprobes.xol import UPROBE_NO_TRAMPOLINE_VADDR
 
 FLOOR = "floor: no synchronisation"
 SPECULATION = "full speculation"
@@ -143,17 +144,23 @@ def floor_handle_uprobe(uprobe: Uprobe, regs: PtRegs, bp_vaddr: int, task: TaskS
         return
     arch = uprobe.arch
     utask = get_utask(task)
-    utask.auprobe = arch
-    handler_chain(uprobe, regs)
-    utask.auprobe = None
+    handler_chain(uprobe, regs, utask, task)
     if regs.ip == bp_vaddr and not arch_uprobe_skip_sstep(arch, regs):
         pre_ssout(regs, bp_vaddr)
+
+
+def floor_get_trampoline_vaddr(task: TaskStruct) -> int:
+    """uprobe_get_trampoline_vaddr."""
+    area = task.mm.uprobes_state.xol_area
+    return area.vaddr if area is not None else UPROBE_NO_TRAMPOLINE_VADDR
 
 
 def floor_handle_swbp(regs: PtRegs) -> None:
     """handle_swbp."""
     task = current()
     bp_vaddr = uprobe_get_swbp_addr(regs)
+    if bp_vaddr == floor_get_trampoline_vaddr(task):
+        raise AssertionError("nothing is called here, so nothing returns")
     uprobe = floor_lookup(bp_vaddr, task)
     if uprobe is not None:
         floor_handle_uprobe(uprobe, regs, bp_vaddr, task)
