@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -181,23 +182,28 @@ def measure(
     passes: int = 7,
     milliseconds: float = 8.0,
     progress: Callable[[str], None] = lambda _line: None,
+    around: Callable[[Scheme], AbstractContextManager[None]] = lambda _scheme: nullcontext(),
 ) -> Table:
     """Measure every scheme at every number of threads (1 is always included); passes are the outermost
-    loop."""
+    loop. Each run of a scheme is inside a block of around(scheme)."""
     counts = sorted({1, *threads})
     table = Table(
         [scheme.name for scheme in schemes],
         counts,
         {(scheme.name, n): Cell() for scheme in schemes for n in counts},
     )
-    loops = {scheme.name: calibrate(scheme, milliseconds) for scheme in schemes}
+    loops = {}
+    for scheme in schemes:
+        with around(scheme):
+            loops[scheme.name] = calibrate(scheme, milliseconds)
     for number in range(passes):
         for scheme in schemes:
             for n in counts:
                 progress(f"pass {number + 1}/{passes}: {scheme.name}, {n} thread{'s' if n > 1 else ''}")
                 cell = table.cells[scheme.name, n]
                 for _try in range(MAX_TRIES):
-                    sample = run_once(scheme, n, loops[scheme.name])
+                    with around(scheme):
+                        sample = run_once(scheme, n, loops[scheme.name])
                     if sample is not None:
                         break
                     cell.rejected += 1

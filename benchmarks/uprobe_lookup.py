@@ -245,7 +245,14 @@ def spread(values: list[float]) -> str:
 
 
 def show(console: Console, table: Table, what: str) -> None:
-    """Print the table, one row per scheme and number of threads, and the three figures people ask for."""
+    """Print the table, and the three figures people ask for."""
+    show_rows(console, table, what)
+    if FLOOR in table.schemes:
+        figures(console, table)
+
+
+def show_rows(console: Console, table: Table, what: str) -> None:
+    """Print the table, one row per scheme and number of threads."""
     base = FLOOR if FLOOR in table.schemes else MMAP_LOCK
     out = RichTable(title=what, title_justify="left")
     for column in (
@@ -270,8 +277,6 @@ def show(console: Console, table: Table, what: str) -> None:
                 str(cell.rejected),
             )
     console.print(out)
-    if base == FLOOR:
-        figures(console, table)
 
 
 def figures(console: Console, table: Table) -> None:

@@ -28,7 +28,8 @@ from kmodel.uprobes.register import (
     uprobe_unregister_sync,
 )
 from kmodel.uprobes.ri_timer import RI_TIMER_PERIOD, ri_timer, uprobe_free_utask
-from kmodel.uprobes.schemes import SCHEMES, Scheme
+from kmodel.uprobes.register_batch import BatchConsumer, uprobe_register_batch, uprobe_unregister_batch
+from kmodel.uprobes.schemes import ALL_SCHEMES, SCHEMES, Scheme, uprobe_scheme
 from kmodel.uprobes.tree import find_uprobe_rcu, uprobe_is_active
 from kmodel.uprobes.uprobe import Uprobe
 from kmodel.uprobes.uretprobe import MAX_URETPROBE_DEPTH, uprobe_copy_process, uprobe_handle_trampoline
@@ -38,6 +39,7 @@ from kmodel.uprobes.xol import dup_xol_work, get_xol_area, uprobe_get_trampoline
 __all__ = [
     "MAX_URETPROBE_DEPTH",
     "RI_TIMER_PERIOD",
+    "ALL_SCHEMES",
     "SCHEMES",
     "UPROBE_HANDLER_IGNORE",
     "UPROBE_HANDLER_NORMAL",
@@ -46,6 +48,7 @@ __all__ = [
     "UPROBE_SWBP_INSN_SIZE",
     "ArchUprobe",
     "Cookie",
+    "BatchConsumer",
     "PtRegs",
     "Scheme",
     "Uprobe",
@@ -76,8 +79,11 @@ __all__ = [
     "uprobe_mmap",
     "uprobe_munmap",
     "uprobe_register",
+    "uprobe_register_batch",
+    "uprobe_scheme",
     "uprobe_start_dup_mmap",
     "uprobe_unregister",
+    "uprobe_unregister_batch",
     "uprobe_unregister_nosync",
     "uprobe_unregister_sync",
 ]

@@ -15,10 +15,10 @@ The seqcount is no help: found is found.
 
 from typing import Any
 
-from kmodel.core import guards
-from kmodel.rcu import rb_find_rcu, rcu_read_lock_trace, rcu_read_unlock_trace
-from kmodel.sync import read_seqcount_begin, read_seqcount_retry, refcount_inc, refcount_inc_not_zero
-from kmodel.uprobes import tree
+from kmodel.core import current, guards
+from kmodel.rcu import rb_find_rcu
+from kmodel.sync import read_seqcount_begin, read_seqcount_retry, refcount_inc
+from kmodel.uprobes import protection, references, tree
 from kmodel.uprobes.tree import uprobe_cmp_key
 from kmodel.uprobes.uprobe import Uprobe
 
@@ -29,7 +29,8 @@ def find_uprobe(inode: Any, offset: int) -> Uprobe | None:
     """The uprobe at (inode, offset) with a reference for the caller, or None if there is none or only a dying
     one.
     """
-    rcu_read_lock_trace()
+    task = current()
+    token = protection.implementation.read_lock(task)
     try:
         while True:
             seq = read_seqcount_begin(tree.uprobes_seqcount)
@@ -38,8 +39,8 @@ def find_uprobe(inode: Any, offset: int) -> Uprobe | None:
                 if "plain-get" in guards.removed:
                     refcount_inc(uprobe, "ref")
                     return uprobe
-                return uprobe if refcount_inc_not_zero(uprobe, "ref") else None
+                return uprobe if references.implementation.try_get(uprobe) else None
             if not read_seqcount_retry(tree.uprobes_seqcount, seq):
                 return None
     finally:
-        rcu_read_unlock_trace()
+        protection.implementation.read_unlock(task, token)

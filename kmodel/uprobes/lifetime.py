@@ -1,14 +1,14 @@
 """How a uprobe lives and dies: references, and the chain that ends in its free.
 
 Models:      kernel/events/uprobes.c, get_uprobe, try_get_uprobe, put_uprobe, uprobe_free_deferred (7.2)
-Guards:      ref is a refcount_t; the tree link is under uprobes_treelock
+Guards:      ref is a refcount_t (references.py: or another count); the tree link is under uprobes_treelock
 Invariants:  U1 ref never goes from 0 to 1, U3 freed only after work -> SRCU -> RCU tasks trace, U4 out of the
              tree before either grace period starts, so that no new reader can find it while it is waited for
 Leaves out:  nothing
 Read next:   uprobes/find_refcount.py, where U1 was in danger (H01)
 
 Who may still look at a uprobe when its last reference goes, and what waits for them:
-    a task in handle_swbp, as RCU tasks trace reader        call_rcu_tasks_trace
+    a task in handle_swbp, as RCU tasks trace reader        call_rcu_tasks_trace (protection.py: or another)
     a task whose probed function has not returned yet       call_srcu(uretprobes_srcu)
 put_uprobe() may be called from a timer (softirq), where taking the treelock is not allowed: hence the work
 item (H56).
@@ -30,10 +30,8 @@ from kmodel.core import (
 )
 from kmodel.rcu import (
     SrcuStruct,
-    call_rcu_tasks_trace,
     call_srcu,
     rb_erase,
-    rcu_barrier_tasks_trace,
     srcu_barrier,
 )
 from kmodel.slab import kfree
@@ -42,16 +40,11 @@ from kmodel.sync import (
     flush_scheduled_work,
     mutex_lock,
     mutex_unlock,
-    refcount_dec_and_test,
-    refcount_inc,
-    refcount_inc_not_zero,
     schedule_work,
-    write_lock,
     write_seqcount_begin,
     write_seqcount_end,
-    write_unlock,
 )
-from kmodel.uprobes import delayed, tree
+from kmodel.uprobes import delayed, protection, references, tree, treelock
 from kmodel.uprobes.uprobe import Uprobe
 
 guards.register(
@@ -90,7 +83,7 @@ def uprobes_lifetime_init() -> None:
 
 def get_uprobe(uprobe: Uprobe) -> Uprobe:
     """One more reference, by somebody who has one."""
-    refcount_inc(uprobe, "ref")
+    references.implementation.get(uprobe)
     return uprobe
 
 
@@ -100,14 +93,14 @@ def try_get_uprobe(uprobe: Uprobe) -> Uprobe | None:
 
     None if the uprobe is dying already: nothing may revive it (U1).
     """
-    if refcount_inc_not_zero(uprobe, "ref"):
+    if references.implementation.try_get(uprobe):
         return uprobe
     return None
 
 
 def put_uprobe(uprobe: Uprobe) -> None:
     """Drop a reference; the last one starts the chain below."""
-    if not refcount_dec_and_test(uprobe, "ref"):
+    if not references.implementation.put(uprobe):
         return
     if "free-without-grace-period" in guards.removed:
         erase_uprobe(uprobe)
@@ -123,12 +116,12 @@ def put_uprobe(uprobe: Uprobe) -> None:
 
 def erase_uprobe(uprobe: Uprobe) -> None:
     """Take the uprobe out of the tree, unless __insert_uprobe did so when it met it dead."""
-    write_lock(tree.uprobes_treelock)
+    treelock.implementation.write_lock(tree.uprobes_treelock)
     if tree.uprobe_is_active(uprobe) or "no-active-test" in guards.removed:
         write_seqcount_begin(tree.uprobes_seqcount)
         rb_erase(uprobe, tree.uprobes_tree)
         write_seqcount_end(tree.uprobes_seqcount)
-    write_unlock(tree.uprobes_treelock)
+    treelock.implementation.write_unlock(tree.uprobes_treelock)
 
 
 def uprobe_free_deferred(work: WorkStruct) -> None:
@@ -145,12 +138,12 @@ def uprobe_free_deferred(work: WorkStruct) -> None:
         uprobe_free_srcu(uprobe)
         return
     if "srcu-wait-first" in guards.removed:
-        queue_rcu_head(call_rcu_tasks_trace, uprobe, uprobe_free_then_srcu)
+        queue_rcu_head(protection.implementation.call, uprobe, uprobe_free_then_srcu)
         return
     # One after the other, never both at a time: there is one rcu_head, in the memory of the work item (H09).
     queue_rcu_head(partial(call_srcu, uretprobes_srcu), uprobe, uprobe_free_srcu)
     if "no-callback-chain" in guards.removed:
-        queue_rcu_head(call_rcu_tasks_trace, uprobe, uprobe_free_rcu_tasks_trace)
+        queue_rcu_head(protection.implementation.call, uprobe, uprobe_free_rcu_tasks_trace)
 
 
 def queue_rcu_head(
@@ -173,7 +166,7 @@ def uprobe_free_srcu(uprobe: Uprobe) -> None:
     if "no-tasks-trace-wait" in guards.removed:
         uprobe_free_rcu_tasks_trace(uprobe)
         return
-    queue_rcu_head(call_rcu_tasks_trace, uprobe, uprobe_free_rcu_tasks_trace)
+    queue_rcu_head(protection.implementation.call, uprobe, uprobe_free_rcu_tasks_trace)
 
 
 def uprobe_free_then_srcu(uprobe: Uprobe) -> None:
@@ -199,9 +192,9 @@ def finish_frees() -> None:
     Each step waits for what the one before it queued, whichever of the two orders is chosen.
     """
     flush_scheduled_work()
-    rcu_barrier_tasks_trace()
+    protection.implementation.barrier()
     srcu_barrier(uretprobes_srcu)
-    rcu_barrier_tasks_trace()
+    protection.implementation.barrier()
 
 
 def _none(count: int) -> bool:

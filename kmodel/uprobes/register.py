@@ -27,6 +27,7 @@ from kmodel.fs import (
 )
 from kmodel.mm import (
     MMF_HAS_UPROBES,
+    MMF_UNSTABLE,
     find_vma,
     mmap_read_lock,
     mmap_read_unlock,
@@ -39,7 +40,6 @@ from kmodel.rcu import (
     list_for_each_entry_rcu,
     rcu_read_lock_trace,
     rcu_read_unlock_trace,
-    synchronize_rcu_tasks_trace,
     synchronize_srcu,
 )
 from kmodel.slab import kfree, kzalloc
@@ -48,10 +48,9 @@ from kmodel.sync import (
     down_write,
     percpu_down_write,
     percpu_up_write,
-    refcount_set,
     up_write,
 )
-from kmodel.uprobes import lifetime
+from kmodel.uprobes import lifetime, protection, references
 from kmodel.uprobes.arch import UPROBE_SWBP_INSN_SIZE
 from kmodel.uprobes.breakpoint import install_breakpoint, remove_breakpoint, valid_vma
 from kmodel.uprobes.consumer import UprobeConsumer, consumer_add, consumer_del, consumer_filter, filter_chain
@@ -86,13 +85,23 @@ def alloc_uprobe(inode: Any, offset: int, ref_ctr_offset: int) -> Uprobe | int:
     """The uprobe of this place, new or old, with a reference for the consumer to come. -ENOMEM, or -EINVAL
     for one place with two different reference counters.
     """
-    uprobe = kzalloc(Uprobe)
+    uprobe = new_uprobe(inode, offset, ref_ctr_offset)
     if uprobe is None:
         return -errno.ENOMEM
-    init_uprobe(uprobe, inode, shared_int(offset), shared_int(ref_ctr_offset))
-    refcount_set(uprobe, "ref", 1)
+    return settle_uprobe(uprobe, insert_uprobe(uprobe), ref_ctr_offset)
 
-    cur_uprobe = insert_uprobe(uprobe)
+
+def new_uprobe(inode: Any, offset: int, ref_ctr_offset: int) -> Uprobe | None:
+    """alloc_uprobe() up to the insertion: a uprobe that nobody else can see yet, with its first reference."""
+    uprobe = kzalloc(Uprobe)
+    if uprobe is not None:
+        init_uprobe(uprobe, inode, shared_int(offset), shared_int(ref_ctr_offset))
+        references.implementation.init(uprobe, 1)
+    return uprobe
+
+
+def settle_uprobe(uprobe: Uprobe, cur_uprobe: Uprobe, ref_ctr_offset: int) -> Uprobe | int:
+    """alloc_uprobe() after the insertion, which took `uprobe` or found `cur_uprobe` at its place."""
     if cur_uprobe is not uprobe:
         kfree(uprobe)
         if cur_uprobe.ref_ctr_offset != ref_ctr_offset:
@@ -145,7 +154,8 @@ def register_one_vma(uprobe: Uprobe, new: UprobeConsumer | None, mm: Any, vaddr:
     lock(mm)
     vma = find_vma(mm, vaddr)
     if (
-        vma is not None
+        not test_bit(MMF_UNSTABLE, mm, "flags")  # check_stable_address_space: a fork that failed halfway
+        and vma is not None
         and vma.vm_start <= vaddr
         and valid_vma(vma, is_register)
         and vma.vm_file.f_inode is uprobe.inode
@@ -176,6 +186,28 @@ def uprobe_register(inode: Any, offset: int, ref_ctr_offset: int, uc: UprobeCons
 
     The caller keeps the inode alive until after the unregister.
     """
+    ret = check_uprobe(inode, offset, ref_ctr_offset, uc)
+    if ret:
+        return ret
+    while True:
+        uprobe = alloc_uprobe(inode, offset, ref_ctr_offset)
+        if isinstance(uprobe, int):
+            return uprobe
+        ret = add_consumer(uprobe, uc)
+        if ret != -errno.EAGAIN:
+            break
+        put_uprobe(uprobe)
+
+    if ret:
+        if "no-register-rollback" not in guards.removed:
+            uprobe_unregister_nosync(uprobe, uc)
+        uprobe_unregister_sync()  # some mms had the breakpoint already: handlers may run at this moment (H45)
+        return ret
+    return uprobe
+
+
+def check_uprobe(inode: Any, offset: int, ref_ctr_offset: int, uc: UprobeConsumer) -> int:
+    """What uprobe_register() refuses before it does anything: 0 or a negative errno."""
     if uc.handler is None and uc.ret_handler is None:
         return -errno.EINVAL
     if inode.i_mapping.a_ops.read_folio is None and not shmem_mapping(inode.i_mapping):
@@ -184,12 +216,18 @@ def uprobe_register(inode: Any, offset: int, ref_ctr_offset: int, uc: UprobeCons
         return -errno.EINVAL
     if offset % UPROBE_SWBP_INSN_SIZE or ref_ctr_offset % 2:
         return -errno.EINVAL
+    return 0
 
-    uprobe = alloc_uprobe(inode, offset, ref_ctr_offset)
-    if isinstance(uprobe, int):
-        return uprobe
 
+def add_consumer(uprobe: Uprobe, uc: UprobeConsumer) -> int:
+    """The part of uprobe_register() that is under register_rwsem. 0; what an installation failed with, and
+    then `uc` is to be unregistered; -EAGAIN if the uprobe has left the tree (ref_tree.py alone), and then
+    nothing was done.
+    """
     down_write(uprobe.register_rwsem)
+    if not references.implementation.usable(uprobe):
+        up_write(uprobe.register_rwsem)
+        return -errno.EAGAIN
     if "no-consumer-before-scan" in guards.removed:
         ret = register_for_each_vma(uprobe, uc)
         consumer_add(uprobe, uc)
@@ -200,13 +238,7 @@ def uprobe_register(inode: Any, offset: int, ref_ctr_offset: int, uc: UprobeCons
         consumer_add(uprobe, uc)
         ret = register_for_each_vma(uprobe, uc)
     up_write(uprobe.register_rwsem)
-
-    if ret:
-        if "no-register-rollback" not in guards.removed:
-            uprobe_unregister_nosync(uprobe, uc)
-        uprobe_unregister_sync()  # some mms had the breakpoint already: handlers may run at this moment (H45)
-        return ret
-    return uprobe
+    return ret
 
 
 def uprobe_unregister_nosync(uprobe: Uprobe, uc: UprobeConsumer) -> None:
@@ -218,6 +250,8 @@ def uprobe_unregister_nosync(uprobe: Uprobe, uc: UprobeConsumer) -> None:
     down_write(uprobe.register_rwsem)
     consumer_del(uprobe, uc)
     err = register_for_each_vma(uprobe, None)
+    if not err:
+        references.implementation.delete_uprobe(uprobe)
     up_write(uprobe.register_rwsem)
     if WARN(err, "unregister, leaking uprobe"):
         return  # a breakpoint stayed somewhere, and whoever hits it must find the uprobe
@@ -228,7 +262,7 @@ def uprobe_unregister_sync() -> None:
     """Wait until nobody can be calling into a consumer that was unregistered before."""
     if "no-unregister-sync" in guards.removed:
         return
-    synchronize_rcu_tasks_trace()  # handler_chain
+    protection.implementation.synchronize()  # synchronize_rcu_tasks_trace(): handler_chain
     synchronize_srcu(lifetime.uretprobes_srcu)  # return handlers
 
 

@@ -6,14 +6,15 @@ Guards:      uprobes_treelock for every change and for walks over ranges; uprobe
 Invariants:  R1 a key is in the tree once, R2 what a descent finds is right at once, R3 what it does not find
              is right only if uprobes_seqcount did not move, R4 a uprobe found may be dying (ref 0) but is
              readable until the reader ends
-Leaves out:  the variants the threads argued over are in uprobes/find_refcount.py and uprobes/find_rwlock.py
+Leaves out:  the variants the threads argued over are in uprobes/find_refcount.py, uprobes/find_rwlock.py and,
+             for the lock, uprobes/treelock.py
 Read next:   rcu/rbtree.py for why a descent may miss, uprobes/lookup.py for the user
 
 The keys are the inode's address and the byte offset in the file. The inode is never followed here: the lookup
 that calls may hold a pointer that it read from a recycled struct file.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -32,19 +33,14 @@ from kmodel.rcu import (
 )
 from kmodel.rcu.rbtree import check_invariants as check_rbtree
 from kmodel.sync import (
-    RwLock,
     SeqcountRwlock,
-    read_lock,
     read_seqcount_begin,
     read_seqcount_retry,
-    read_unlock,
     refcount_inc,
-    refcount_inc_not_zero,
-    write_lock,
     write_seqcount_begin,
     write_seqcount_end,
-    write_unlock,
 )
+from kmodel.uprobes import references, treelock
 from kmodel.uprobes.uprobe import Uprobe
 
 guards.register(
@@ -58,7 +54,7 @@ observer: Callable[[Uprobe], None] | None = None
 """For oracles: called with every dying uprobe that an insertion met and took out of the tree."""
 
 uprobes_tree: RbRoot
-uprobes_treelock: RwLock
+uprobes_treelock: Any
 uprobes_seqcount: SeqcountRwlock
 
 
@@ -67,7 +63,7 @@ def uprobes_tree_init() -> None:
     """Start with no uprobe at all."""
     global uprobes_tree, uprobes_treelock, uprobes_seqcount
     uprobes_tree = RbRoot()
-    uprobes_treelock = RwLock()
+    uprobes_treelock = treelock.implementation.make()
     uprobes_seqcount = SeqcountRwlock(lock=uprobes_treelock)
 
 
@@ -145,7 +141,7 @@ def __insert_uprobe(uprobe: Uprobe) -> Uprobe:
         if "no-dead-twin" in guards.removed:
             refcount_inc(found, "ref")
             return found
-        if refcount_inc_not_zero(found, "ref"):
+        if references.implementation.try_get(found):
             return found
         rb_erase(found, uprobes_tree)
         RB_CLEAR_NODE(found)
@@ -155,12 +151,17 @@ def __insert_uprobe(uprobe: Uprobe) -> Uprobe:
 
 def insert_uprobe(uprobe: Uprobe) -> Uprobe:
     """Put a new uprobe into the tree; return it, or with a reference the live one that has the same key."""
-    write_lock(uprobes_treelock)
+    return insert_uprobes([uprobe])[0]
+
+
+def insert_uprobes(new: Sequence[Uprobe]) -> list[Uprobe]:
+    """insert_uprobe() for each, in one hold of the lock."""
+    treelock.implementation.write_lock(uprobes_treelock)
     write_seqcount_begin(uprobes_seqcount)
-    u = __insert_uprobe(uprobe)
+    found = [__insert_uprobe(uprobe) for uprobe in new]
     write_seqcount_end(uprobes_seqcount)
-    write_unlock(uprobes_treelock)
-    return u
+    treelock.implementation.write_unlock(uprobes_treelock)
+    return found
 
 
 # -------------------------------------------------------------------------- ranges, under the lock
@@ -186,27 +187,27 @@ def build_probe_list(inode: Any, low: int, high: int) -> list[Uprobe]:
     skipped.
     """
     probes: list[Uprobe] = []
-    read_lock(uprobes_treelock)
+    treelock.implementation.read_lock(uprobes_treelock)
     start = find_node_in_range(inode, low, high)
     node = start
     while node is not None and node.inode is inode and node.offset >= low:
-        if refcount_inc_not_zero(node, "ref"):
+        if references.implementation.try_get(node):
             probes.append(node)
         node = rb_prev(node)
     node = rb_next(start) if start is not None else None
     while node is not None and node.inode is inode and node.offset <= high:
-        if refcount_inc_not_zero(node, "ref"):
+        if references.implementation.try_get(node):
             probes.append(node)
         node = rb_next(node)
-    read_unlock(uprobes_treelock)
+    treelock.implementation.read_unlock(uprobes_treelock)
     return probes
 
 
 def range_has_uprobes(inode: Any, low: int, high: int) -> bool:
     """Whether any uprobe of `inode`, live or dying, has low <= offset <= high."""
-    read_lock(uprobes_treelock)
+    treelock.implementation.read_lock(uprobes_treelock)
     found = find_node_in_range(inode, low, high)
-    read_unlock(uprobes_treelock)
+    treelock.implementation.read_unlock(uprobes_treelock)
     return found is not None
 
 
