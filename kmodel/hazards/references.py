@@ -131,9 +131,9 @@ _epoch(
     "epoch-double-destroy",
     "no-epoch-compare",
     "One task puts 1 to 0, another 0 to 1 to 0; both see zero under the treelock, and both destroy.",
-    "double-free",
+    "use-after-free",  # the second free is a callback on what the first freed
     "rwlock tree + epoch + mmap_lock",
-    # The race oracle would only tell the first thing that both do to the uprobe, not the second free.
+    # The race oracle would only tell the first thing that both do to the uprobe, not what comes of it.
     options={"races": False},
 )
 _epoch(
