@@ -27,8 +27,8 @@ from kmodel.uprobes.register import (
     uprobe_unregister_nosync,
     uprobe_unregister_sync,
 )
-from kmodel.uprobes.ri_timer import RI_TIMER_PERIOD, ri_timer, uprobe_free_utask
 from kmodel.uprobes.register_batch import BatchConsumer, uprobe_register_batch, uprobe_unregister_batch
+from kmodel.uprobes.ri_timer import RI_TIMER_PERIOD, ri_timer, uprobe_free_utask
 from kmodel.uprobes.schemes import ALL_SCHEMES, SCHEMES, Scheme, uprobe_scheme
 from kmodel.uprobes.tree import find_uprobe_rcu, uprobe_is_active
 from kmodel.uprobes.uprobe import Uprobe
@@ -37,9 +37,9 @@ from kmodel.uprobes.utask import force_sig, forced_signals
 from kmodel.uprobes.xol import dup_xol_work, get_xol_area, uprobe_get_trampoline_vaddr
 
 __all__ = [
+    "ALL_SCHEMES",
     "MAX_URETPROBE_DEPTH",
     "RI_TIMER_PERIOD",
-    "ALL_SCHEMES",
     "SCHEMES",
     "UPROBE_HANDLER_IGNORE",
     "UPROBE_HANDLER_NORMAL",
@@ -47,8 +47,8 @@ __all__ = [
     "UPROBE_SWBP_INSN",
     "UPROBE_SWBP_INSN_SIZE",
     "ArchUprobe",
-    "Cookie",
     "BatchConsumer",
+    "Cookie",
     "PtRegs",
     "Scheme",
     "Uprobe",
