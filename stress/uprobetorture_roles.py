@@ -56,6 +56,7 @@ from kmodel.uprobes import (
     uprobe_unregister_nosync,
     uprobe_unregister_sync,
 )
+from kmodel.uprobes.usermode import finish_step
 
 COUNTERS = 0x800
 """Where in a program's page the reference counters begin; below is code, from here on zeroes."""
@@ -192,6 +193,7 @@ def hitter(world: World, rng: random.Random) -> None:
             continue
         note("hit")
         exc_int3(regs)
+        finish_step(regs)
         if forced_signals():
             world.fail("P10: a breakpoint of ours was taken for somebody else's")
 
@@ -284,6 +286,7 @@ def forker(world: World, rng: random.Random) -> None:
         if fetch_opcode(child, regs.ip - 1) == UPROBE_SWBP_INSN:
             note("hit in a child")
             exc_int3(regs)
+            finish_step(regs)
             if forced_signals():
                 world.fail("P10: a child's breakpoint was taken for somebody else's")
         current().mm = None

@@ -23,6 +23,7 @@ from kmodel.torture.watch import lock_sequence
 from kmodel.torture.world import Key, Member
 from kmodel.uprobes import PtRegs, exc_int3, find_uprobe_rcu, forced_signals, handle_swbp, put_uprobe, tree
 from kmodel.uprobes.find_refcount import find_uprobe
+from kmodel.uprobes.usermode import finish_step
 
 DESCENTS_PER_STEP = 16
 
@@ -74,6 +75,7 @@ class Hitter(Task):
         regs.stack.clear()
         self.log.count("hit")
         trap(regs)
+        finish_step(regs)
         if not me.hit_was_fast:
             self.log.count("slow_path")
         if forced_signals(me.task):

@@ -30,6 +30,7 @@ from kmodel.uprobes.register import (
 from kmodel.uprobes.register_batch import BatchConsumer, uprobe_register_batch, uprobe_unregister_batch
 from kmodel.uprobes.ri_timer import RI_TIMER_PERIOD, ri_timer, uprobe_free_utask
 from kmodel.uprobes.schemes import ALL_SCHEMES, SCHEMES, Scheme, uprobe_scheme
+from kmodel.uprobes.sstep import older_deny_signal, uprobe_deny_signal
 from kmodel.uprobes.tree import find_uprobe_rcu, uprobe_is_active
 from kmodel.uprobes.uprobe import Uprobe
 from kmodel.uprobes.uretprobe import MAX_URETPROBE_DEPTH, uprobe_copy_process, uprobe_handle_trampoline
@@ -64,12 +65,14 @@ __all__ = [
     "get_uprobe",
     "get_xol_area",
     "handle_swbp",
+    "older_deny_signal",
     "put_uprobe",
     "ri_timer",
     "try_get_uprobe",
     "uprobe_apply",
     "uprobe_clear_state",
     "uprobe_copy_process",
+    "uprobe_deny_signal",
     "uprobe_dup_mmap",
     "uprobe_end_dup_mmap",
     "uprobe_free_utask",

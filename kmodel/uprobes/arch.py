@@ -5,8 +5,7 @@ Models:      arch/x86/kernel/uprobes.c, arch_uprobe_analyze_insn, arch_uprobe_sk
 Guards:      an ArchUprobe is written once, by prepare_uprobe, before UPROBE_COPY_INSN is set; read by anybody
              afterwards
 Invariants:  X1 `ops` is set exactly when `insn` was copied
-Leaves out:  jmp, jcc and call emulation, the 10-byte nop optimisation, instruction lengths (stubbed:
-             docs/limits.md)
+Leaves out:  the 10-byte nop optimisation, ip-relative operands (stubbed: docs/limits.md); arm64
 Read next:   uprobes/uprobe.py, where it is embedded; uprobes/handler.py, its user
 """
 
@@ -16,6 +15,7 @@ from typing import Final
 import attrs
 
 from kmodel.core import Pooled, kernel_struct
+from kmodel.uprobes.insn import Insn, insn_decode
 
 UPROBE_SWBP_INSN: Final = 0xCC
 UPROBE_SWBP_INSN_SIZE: Final = 1
@@ -26,9 +26,22 @@ OPS_NONE: Final = 0
 OPS_NOP: Final = 1
 OPS_PUSH: Final = 2
 OPS_XOL: Final = 3
+OPS_BRANCH: Final = 4
 
-_REX_MASK: Final = 0xF0
-_REX: Final = 0x40
+UPROBE_FIX_IP: Final = 1
+"""After the step ip is relative to the slot, and must be moved to the place."""
+
+# Bits of the flags register that conditional jumps look at.
+X86_EFLAGS_CF: Final = 1 << 0
+X86_EFLAGS_PF: Final = 1 << 2
+X86_EFLAGS_ZF: Final = 1 << 6
+X86_EFLAGS_SF: Final = 1 << 7
+X86_EFLAGS_OF: Final = 1 << 11
+
+_CALL: Final = 0xE8
+# ret, with and without a number, near and far: they say themselves where to go on.
+_RETURNS: Final = frozenset({0xC2, 0xC3, 0xCA, 0xCB})
+
 _REX_B: Final = 0x41
 _LOCK: Final = 0xF0
 # hlt, cli, sti and in/out: not for user space, so not for a probe either.
@@ -44,6 +57,12 @@ class ArchUprobe(Pooled):
     insn: bytes = bytes(MAX_UINSN_BYTES)
     ops: int = OPS_NONE
     push_reg: int = 0
+    # the instruction's length, 0 if it is not known
+    ilen: int = 0
+    fixups: int = 0
+    # a branch: its opcode (jcc: 0x70 + condition), and how far from its end it goes
+    opc1: int = 0
+    offs: int = 0
 
 
 @attrs.define(eq=False)
@@ -53,6 +72,7 @@ class PtRegs:
     """
 
     ip: int = 0
+    flags: int = 0
     sp: int = 0x7FFF_FFFF_E000
     # The sixteen general registers in the instruction set's own numbering, and the words the task has pushed
     # (stub for its stack).
@@ -86,24 +106,55 @@ def is_trap_insn(opcode: int) -> bool:
 
 
 def arch_uprobe_analyze_insn(auprobe: ArchUprobe, insn: bytes) -> int:
-    """Decide how the instruction will be executed; 0, or -ENOTSUPP's stand-in -EOPNOTSUPP for one that must
-    not be probed.
-    """
-    opcode, rest = insn[0], insn[1:]
-    if opcode in _BAD_OPCODES or opcode == _LOCK:
+    """Decide how the instruction will be executed; 0, or -ENOTSUPP for one that must not be probed."""
+    decoded = insn_decode(insn)
+    if decoded.opcode[0] in _BAD_OPCODES or _LOCK in decoded.prefixes:
         return -ENOTSUPP
-    rex_b = 0
-    if opcode & _REX_MASK == _REX and rest:
-        rex_b = 8 if opcode & 1 else 0
-        opcode = rest[0]
-    if opcode == 0x90 and insn[0] == 0x90:
+    auprobe.ilen = decoded.length
+    opcode = decoded.opcode
+    if _insn_is_nop(decoded):
         auprobe.ops = OPS_NOP
-    elif 0x50 <= opcode <= 0x57 and insn[0] in (opcode, _REX_B):
-        auprobe.push_reg = opcode - 0x50 + rex_b
+    elif _branch_setup(auprobe, decoded):
+        auprobe.ops = OPS_BRANCH
+    elif 0x50 <= opcode[0] <= 0x57 and not decoded.prefixes and decoded.rex in (0, _REX_B):
+        auprobe.push_reg = opcode[0] - 0x50 + (8 if decoded.rex else 0)
         auprobe.ops = OPS_PUSH
     else:
         auprobe.ops = OPS_XOL
+        auprobe.fixups = 0 if opcode[0] in _RETURNS else UPROBE_FIX_IP
     return 0
+
+
+def _insn_is_nop(insn: Insn) -> bool:
+    """0x90 (which with REX.B is an exchange) and the multi-byte nop, 0x0F 0x1F /0."""
+    if any(prefix != 0x66 for prefix in insn.prefixes):
+        return False
+    if insn.opcode == b"\x90":
+        return not insn.rex & 1
+    return insn.opcode == b"\x0f\x1f" and insn.modrm is not None and insn.modrm >> 3 & 7 == 0
+
+
+def _branch_setup(auprobe: ArchUprobe, insn: Insn) -> bool:
+    """Whether this is a relative jump or call, which can be emulated; remember where it goes."""
+    if insn.prefixes or not insn.length:
+        return False
+    opcode = insn.opcode
+    if opcode in (b"\xe8", b"\xe9", b"\xeb") or (len(opcode) == 1 and 0x70 <= opcode[0] <= 0x7F):
+        auprobe.opc1 = opcode[0]
+    elif len(opcode) == 2 and 0x80 <= opcode[1] <= 0x8F:
+        auprobe.opc1 = opcode[1] - 0x10
+    else:
+        return False
+    auprobe.offs = insn.immediate
+    return True
+
+
+def check_jmp_cond(opc1: int, flags: int) -> bool:
+    """Whether the jump 0x70 + condition is taken with these flags."""
+    cf, zf, pf = bool(flags & X86_EFLAGS_CF), bool(flags & X86_EFLAGS_ZF), bool(flags & X86_EFLAGS_PF)
+    sf, of = bool(flags & X86_EFLAGS_SF), bool(flags & X86_EFLAGS_OF)
+    taken = (of, cf, zf, cf or zf, sf, pf, sf != of, zf or sf != of)[opc1 >> 1 & 7]
+    return taken != bool(opc1 & 1)
 
 
 ENOTSUPP: Final = 524
@@ -116,12 +167,28 @@ def arch_uprobe_skip_sstep(auprobe: ArchUprobe, regs: PtRegs) -> bool:
     """Emulate the probed instruction if that is possible; whether it was. `regs.ip` is at the instruction."""
     ops = auprobe.ops
     if ops == OPS_NOP:
-        regs.ip += 1
+        regs.ip += auprobe.ilen
         return True
     if ops == OPS_PUSH:
         reg = auprobe.push_reg
         regs.sp -= 8
         regs.stack[regs.sp] = regs.gpr[reg]
-        regs.ip += 1 if reg < 8 else 2
+        regs.ip += auprobe.ilen
         return True
+    if ops == OPS_BRANCH:
+        return _branch_emulate_op(auprobe, regs)
     return False
+
+
+def _branch_emulate_op(auprobe: ArchUprobe, regs: PtRegs) -> bool:
+    new_ip = regs.ip + auprobe.ilen
+    opc1 = auprobe.opc1
+    offs = auprobe.offs
+    if opc1 == _CALL:
+        # The return address is that of the place, not of a slot: why calls are better emulated than stepped.
+        regs.sp -= 8
+        regs.stack[regs.sp] = new_ip
+    elif 0x70 <= opc1 <= 0x7F and not check_jmp_cond(opc1, regs.flags):
+        offs = 0
+    regs.ip = new_ip + offs
+    return True

@@ -5,13 +5,14 @@ Guards:      RCU tasks trace from the lookup to the end: it keeps the uprobe and
              readable
 Invariants:  P7 no handler of a consumer runs after uprobe_unregister_sync(), P10 no SIGTRAP for a breakpoint
              that is ours
-Leaves out:  execution out of line: an instruction that cannot be emulated is taken to have been stepped
-             (docs/limits.md)
-Read next:   uprobes/lookup.py; uprobes/uretprobe.py for the way back
+Leaves out:  arch_uprobe_optimize
+Read next:   uprobes/lookup.py; uprobes/sstep.py for what cannot be emulated; uprobes/uretprobe.py for the
+             way back
 
 Where the task goes on, by the value of regs.ip afterwards:
     bp_vaddr        again at the place: nothing was done, or not everything; what is there now is executed
-    anywhere else   the instruction was emulated or stepped, or a handler moved the task
+    a slot          the instruction is executed there, by one step: until then utask.active_uprobe is set
+    anywhere else   the instruction was emulated, or a handler moved the task
 """
 
 from typing import Any, Final
@@ -31,7 +32,6 @@ from kmodel.core.task import TIF_UPROBE
 from kmodel.rcu import list_for_each_entry_rcu, rcu_read_lock_trace, rcu_read_unlock_trace
 from kmodel.sync import down_read, up_read
 from kmodel.uprobes.arch import (
-    UPROBE_SWBP_INSN_SIZE,
     PtRegs,
     arch_uprobe_skip_sstep,
     uprobe_get_swbp_addr,
@@ -46,6 +46,7 @@ from kmodel.uprobes.consumer import (
 )
 from kmodel.uprobes.lookup import find_active_uprobe_rcu
 from kmodel.uprobes.return_instance import ReturnInstance, alloc_return_instance, push_consumer
+from kmodel.uprobes.sstep import handle_singlestep, pre_ssout
 from kmodel.uprobes.tree import uprobe_is_active
 from kmodel.uprobes.uprobe import UPROBE_COPY_INSN, Uprobe
 from kmodel.uprobes.uretprobe import prepare_uretprobe, uprobe_handle_trampoline
@@ -102,12 +103,7 @@ def handle_uprobe(uprobe: Uprobe, regs: PtRegs, bp_vaddr: int, task: TaskStruct)
     if regs.ip != bp_vaddr:
         return  # a handler sent the task elsewhere
     if not arch_uprobe_skip_sstep(arch, regs):
-        pre_ssout(regs, bp_vaddr)
-
-
-def pre_ssout(regs: PtRegs, bp_vaddr: int) -> None:
-    """Stub for execution out of line: the step is over at once, and ip is behind the breakpoint's byte."""
-    regs.ip = bp_vaddr + UPROBE_SWBP_INSN_SIZE
+        pre_ssout(uprobe, regs, bp_vaddr, utask)  # an error: ip is at the breakpoint still, which traps again
 
 
 def handler_chain(uprobe: Uprobe, regs: PtRegs, utask: UprobeTask, task: TaskStruct) -> None:
@@ -181,4 +177,8 @@ def exc_int3(regs: PtRegs) -> None:
 def uprobe_notify_resume(regs: PtRegs, task: TaskStruct) -> None:
     """On the way back to user space with TIF_UPROBE set."""
     clear_bit(TIF_UPROBE, task, "thread_info_flags")
-    handle_swbp(regs)
+    utask = task.utask
+    if utask is not None and utask.active_uprobe is not None:
+        handle_singlestep(utask, regs, task)
+    else:
+        handle_swbp(regs)

@@ -3,17 +3,24 @@
 Models:      nothing in Linux: what a processor does between one trap and the next
 Guards:      registers and stack are the calling task's own
 Invariants:  none of its own
-Leaves out:  everything but the stack discipline of calls; arguments, results, other instructions
-Read next:   uprobes/handler.py, where the traps arrive
+Leaves out:  what instructions do, but for the stack and ip; one of unknown length is taken for one byte
+Read next:   uprobes/handler.py, where the traps arrive; uprobes/sstep.py
 """
 
-from kmodel.core import current
-from kmodel.uprobes.arch import UPROBE_SWBP_INSN, UPROBE_SWBP_INSN_SIZE, PtRegs
-from kmodel.uprobes.handler import exc_int3
+from typing import Final
+
+from kmodel.core import current, test_bit
+from kmodel.core.task import TIF_SIGPENDING, TIF_UPROBE
+from kmodel.uprobes.arch import UPROBE_FIX_IP, UPROBE_SWBP_INSN, UPROBE_SWBP_INSN_SIZE, PtRegs
+from kmodel.uprobes.handler import exc_int3, uprobe_notify_resume
 from kmodel.uprobes.pages import fetch_opcode
+from kmodel.uprobes.sigpending import dequeue_signal, send_sig, sighand_of
+from kmodel.uprobes.sstep import uprobe_deny_signal, uprobe_post_sstep_notifier
+from kmodel.uprobes.utask import UTASK_SSTEP, UprobeTask
 from kmodel.uprobes.xol import uprobe_get_trampoline_vaddr
 
-WORD = 8
+WORD: Final = 8
+SIGSEGV: Final = 11
 
 
 def call(regs: PtRegs, function: int, return_to: int) -> bool:
@@ -34,6 +41,7 @@ def jump(regs: PtRegs, function: int) -> bool:
         return False
     regs.ip += UPROBE_SWBP_INSN_SIZE
     exc_int3(regs)
+    finish_step(regs)
     return True
 
 
@@ -46,6 +54,62 @@ def ret(regs: PtRegs) -> bool:
     regs.ip += UPROBE_SWBP_INSN_SIZE
     exc_int3(regs)
     return True
+
+
+def finish_step(regs: PtRegs, fault: bool = False) -> None:
+    """If the task was sent to a slot, execute the instruction there and take the trap that follows, as often
+    as it takes until the task is out of it. `fault`: the instruction itself faults.
+    """
+    task = current()
+    while True:
+        utask = task.utask
+        if utask is None or utask.active_uprobe is None:
+            return
+        get_signal(regs, trapped=fault)  # on the way out, before the step
+        if utask.active_uprobe is None or utask.state != UTASK_SSTEP:
+            _to_user_mode(regs)
+            continue
+        step(regs, utask)
+        uprobe_post_sstep_notifier(regs)
+        _to_user_mode(regs)
+
+
+def step(regs: PtRegs, utask: UprobeTask) -> None:
+    """Execute the instruction at ip, in the slot."""
+    arch = utask.active_uprobe.arch
+    if arch.fixups & UPROBE_FIX_IP:
+        regs.ip += arch.ilen or 1
+    else:
+        regs.ip = regs.stack.pop(regs.sp, 0)
+        regs.sp += WORD
+
+
+def _to_user_mode(regs: PtRegs) -> None:
+    """The loop before user space: probes first, then signals."""
+    task = current()
+    if test_bit(TIF_UPROBE, task, "thread_info_flags"):
+        uprobe_notify_resume(regs, task)
+    get_signal(regs)
+
+
+def get_signal(regs: PtRegs, trapped: bool = False) -> None:
+    """Deliver what waits: the handler is entered with ip as it is, delivered() remembers. A fault of the
+    instruction is a SIGSEGV for the task itself.
+    """
+    task = current()
+    if trapped and not sighand_of(task).pending >> SIGSEGV & 1:
+        send_sig(SIGSEGV, task)
+    if not test_bit(TIF_SIGPENDING, task, "thread_info_flags"):
+        return
+    if uprobe_deny_signal(trapped):
+        return
+    while sig := dequeue_signal(task):
+        task.local.setdefault("delivered", []).append((sig, regs.ip))
+
+
+def delivered() -> list[tuple[int, int]]:
+    """The signals that current took, and where it was then."""
+    return list(current().local.get("delivered", ()))
 
 
 def setjmp(regs: PtRegs) -> tuple[int, int]:

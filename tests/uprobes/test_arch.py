@@ -78,3 +78,48 @@ def test_other_instructions_are_not_emulated() -> None:
 def test_int3_is_the_only_trap() -> None:
     """0xCC is the trap instruction."""
     assert [byte for byte in range(256) if is_trap_insn(byte)] == [0xCC]
+
+
+@pytest.mark.parametrize("insn", ["0f1f00", "0f1f440000", "660f1f440000", "6690"])
+def test_long_nops_are_emulated(insn: str) -> None:
+    """A nop of any length only moves ip, by its length."""
+    code = bytes.fromhex(insn)
+    _ret, arch = analyzed(code)
+    regs = PtRegs(ip=100)
+
+    assert arch_uprobe_skip_sstep(arch, regs)
+    assert regs.ip == 100 + len(code)
+
+
+@pytest.mark.parametrize(
+    ("insn", "flags", "ip"),
+    [
+        ("eb10", 0, 0x112),
+        ("ebfe", 0, 0x100),
+        ("e900010000", 0, 0x205),
+        ("7410", 0, 0x102),  # je, not equal
+        ("7410", 1 << 6, 0x112),
+        ("7510", 1 << 6, 0x102),
+        ("7c10", 1 << 7, 0x112),  # jl: SF != OF
+        ("7c10", 1 << 7 | 1 << 11, 0x102),
+        ("7e10", 1 << 6, 0x112),
+        ("7710", 1, 0x102),  # ja, carry
+        ("0f8710000000", 0, 0x116),
+    ],
+)
+def test_jumps_are_emulated(insn: str, flags: int, ip: int) -> None:
+    """Relative jumps go where they would from their place; conditional ones by the flags."""
+    _ret, arch = analyzed(bytes.fromhex(insn))
+    regs = PtRegs(ip=0x100, flags=flags)
+
+    assert arch_uprobe_skip_sstep(arch, regs)
+    assert regs.ip == ip
+
+
+def test_calls_are_emulated() -> None:
+    """The return address that is pushed is that of the place."""
+    _ret, arch = analyzed(bytes.fromhex("e810000000"))
+    regs = PtRegs(ip=0x100, sp=800)
+
+    assert arch_uprobe_skip_sstep(arch, regs)
+    assert (regs.ip, regs.sp, regs.stack) == (0x115, 792, {792: 0x105})

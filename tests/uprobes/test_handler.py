@@ -105,14 +105,14 @@ def test_a_handler_may_send_the_task_elsewhere(mm: MmStruct, file: Any) -> None:
     assert regs.stack == {}
 
 
-def test_an_instruction_that_is_not_emulated_counts_as_stepped(mm: MmStruct) -> None:
-    """The stub for execution out of line leaves ip behind the breakpoint."""
-    ret = new_file("/bin/ret", b"\xc3" * PAGE_SIZE)
+def test_an_instruction_that_is_not_emulated_is_stepped(mm: MmStruct) -> None:
+    """The task goes on behind it, by its length."""
+    ret = new_file("/bin/mov", b"\x48\x89\xe5".ljust(PAGE_SIZE, b"\x90"))
     map_text(mm, ret, pages=1)
     uc = recorder()
     registered(ret, 0, uc)
 
-    assert hit(mm, TEXT).ip == TEXT + 1
+    assert hit(mm, TEXT).ip == TEXT + 3
     assert uc.calls == [TEXT]
 
 

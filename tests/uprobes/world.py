@@ -9,6 +9,7 @@ from kmodel.core import current, kernel_struct, untraced
 from kmodel.fs import PAGE_SIZE, File, open_file
 from kmodel.mm import MmStruct, mmap
 from kmodel.uprobes import PtRegs, Uprobe, UprobeConsumer, fetch_opcode, handle_swbp, uprobe_register
+from kmodel.uprobes.usermode import finish_step
 
 TEXT = 0x400000
 CODE = bytes([0x55, 0x90]) * (2 * PAGE_SIZE // 2)
@@ -85,6 +86,7 @@ def hit(mm: MmStruct, addr: int) -> PtRegs:
     current().mm = mm
     regs = PtRegs(ip=addr + 1)
     handle_swbp(regs)
+    finish_step(regs)
     return regs
 
 
