@@ -27,7 +27,6 @@ from kmodel.mm.expand_stack import expand_stack_locked
 from kmodel.mm.flags import (
     TASK_SIZE,
     VM_ACCESS_FLAGS,
-    VM_EXEC,
     VM_GROWSDOWN,
     VM_WRITE,
 )
@@ -64,6 +63,7 @@ SEGV_MAPERR: Final = 1
 SEGV_ACCERR: Final = 2
 BUS_ADRERR: Final = 2
 
+X86_PF_PROT: Final = 1 << 0
 X86_PF_WRITE: Final = 1 << 1
 X86_PF_USER: Final = 1 << 2
 X86_PF_INSTR: Final = 1 << 4
@@ -167,8 +167,9 @@ def access_error(error_code: int, vma: VmAreaStruct) -> bool:
     flags = vma.vm_flags
     if error_code & X86_PF_WRITE:
         return not flags & VM_WRITE
-    if error_code & X86_PF_INSTR:
-        return not flags & VM_EXEC
+    if error_code & X86_PF_PROT:
+        return True  # a page is there, and does not allow it: it has been faulted in with the VMA's flags
+    # An instruction fetch is not looked at more closely: the page is brought in, and the next try is refused.
     return not flags & VM_ACCESS_FLAGS
 
 

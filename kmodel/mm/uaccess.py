@@ -14,7 +14,7 @@ import signal
 from typing import Any
 
 from kmodel.fs.page import Page, is_zero_page, memcpy_from_page, memcpy_to_page
-from kmodel.mm.fault import X86_PF_INSTR, X86_PF_USER, X86_PF_WRITE, Siginfo, do_user_addr_fault
+from kmodel.mm.fault import X86_PF_INSTR, X86_PF_PROT, X86_PF_USER, X86_PF_WRITE, Siginfo, do_user_addr_fault
 from kmodel.mm.flags import PAGE_MASK, VM_EXEC
 from kmodel.mm.mm_struct import MmStruct
 from kmodel.mm.page_table import Pte, pte_at, pte_lock, pte_unlock
@@ -72,6 +72,7 @@ def _access(mm: MmStruct, address: int, error_code: int, n: int, data: bytes) ->
         pte_unlock(table)
         if allowed:
             return result
-        info = do_user_addr_fault(mm, error_code, address)
+        present = X86_PF_PROT if pte is not None else 0
+        info = do_user_addr_fault(mm, error_code | present, address)
         if info is not None:
             raise Signal(info)

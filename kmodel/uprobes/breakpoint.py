@@ -50,6 +50,7 @@ from kmodel.uprobes.arch import (
 from kmodel.uprobes.pages import (
     PAGE_MASK,
     drop_page_if_unchanged,
+    find_page,
     offset_to_vaddr,
     read_page,
     write_page,
@@ -152,6 +153,10 @@ def uprobe_write_opcode(uprobe: Uprobe, vma: Any, vaddr: int, opcode: int, is_re
         ret = update_ref_ctr(uprobe, mm, 1 if is_register else -1)
         if ret:
             return ret
+    if not is_register and find_page(mm, vaddr) is None:
+        return (
+            0  # no private page, so nothing of ours: a trap of the file's own (seen on 6.18, not read in 7.2)
+        )
     ret = write_page(vma, vaddr, bytes([opcode]))
     if ret < 0:
         if ref_ctr_updated and "no-ref-ctr-revert" not in guards.removed:

@@ -1,0 +1,1 @@
+"""Uprobes of the model beside the running kernel's."""
