@@ -329,6 +329,8 @@ def boot() -> None:
     task.local.clear()
     if access._tracer is None:
         task.rcu_read_lock_nesting = 0
+        task.sigkill = False
+        task.thread_info_flags = 0
         for func in reversed(_reboot_notifiers):
             func()
     clear_warnings()

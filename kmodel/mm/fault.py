@@ -24,12 +24,7 @@ import attrs
 
 from kmodel.core import fatal_signal_pending
 from kmodel.mm.expand_stack import expand_stack_locked
-from kmodel.mm.flags import (
-    TASK_SIZE,
-    VM_ACCESS_FLAGS,
-    VM_GROWSDOWN,
-    VM_WRITE,
-)
+from kmodel.mm.flags import PAGE_MASK, TASK_SIZE, VM_ACCESS_FLAGS, VM_EXEC, VM_GROWSDOWN, VM_WRITE
 from kmodel.mm.memory import (
     FAULT_FLAG_DEFAULT,
     FAULT_FLAG_INSTRUCTION,
@@ -55,6 +50,7 @@ from kmodel.mm.mmap_lock import (
     mmap_write_lock_killable,
     mmap_write_unlock,
 )
+from kmodel.mm.page_table import ptep_get
 from kmodel.mm.vma import VmAreaStruct
 from kmodel.mm.vma_iter import find_vma
 from kmodel.mm.vma_lock import count_vm_vma_lock_event, lock_vma_under_rcu, vma_end_read
@@ -107,6 +103,10 @@ def handle_mm_fault(mm: MmStruct, address: int, *, write: bool = False, instruct
     do_user_addr_fault() says which signal and why. (The kernel's handle_mm_fault() is handle_vma_fault().)
     """
     error_code = X86_PF_USER | (X86_PF_WRITE if write else 0) | (X86_PF_INSTR if instruction else 0)
+    if instruction:
+        pte = ptep_get(mm, address & PAGE_MASK)
+        if pte is not None and not pte.prot & VM_EXEC:
+            error_code |= X86_PF_PROT
     info = do_user_addr_fault(mm, error_code, address)
     return 0 if info is None else info.fault
 

@@ -247,6 +247,14 @@ def test_the_entry_says_what_went_wrong_in_bits(mm, file):
     assert handle_mm_fault(mm, 0) == VM_FAULT_SIGSEGV
 
 
+def test_a_fetch_from_a_mapping_that_is_not_executable_brings_the_page_in_first(mm, file):
+    """x86 looks at VM_EXEC only when the page is there: past the end of the file that is a SIGBUS."""
+    mmap(mm, BASE, 8 * PAGE, RW, PRIVATE, file)
+    assert handle_mm_fault(mm, BASE, instruction=True) & ~VM_FAULT_MAJOR == 0
+    assert handle_mm_fault(mm, BASE, instruction=True) == VM_FAULT_SIGSEGV
+    assert handle_mm_fault(mm, BASE + 5 * PAGE, instruction=True) == VM_FAULT_SIGBUS
+
+
 @pytest.mark.parametrize("cache", ["page", "anon_vma"])
 def test_no_memory_for_a_page_or_an_anon_vma(mm, cache):
     """VM_FAULT_OOM, nothing is entered or left locked, and the next fault works."""
