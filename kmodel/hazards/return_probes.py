@@ -161,6 +161,23 @@ _scenario(
 )
 
 
+def calls_and_drops(state: State) -> None:
+    """The owner: one call, after which the uprobe's last reference goes."""
+    calls_once(state)
+    put_uprobe(state.uprobes[0])
+
+
+_scenario(
+    "timer-without-srcu",
+    "H57",
+    "no-ri-timer-srcu",
+    "The owner is faster than the timer, and what the timer then touches is freed.",
+    (calls_and_drops, timer_inside),
+    final=None,
+    breaks="use-after-free",
+)
+
+
 class Ticking(State):
     """The same with the timer armed: it goes off at any time after a call began."""
 
