@@ -231,4 +231,8 @@ def uprobe_copy_process(task: TaskStruct, flags: int) -> int:
         return 0  # a thread: it begins on a stack of its own
     if dup_utask(task, utask):
         return 0
-    return 0 if parent.mm is task.mm else uprobe_get_trampoline_vaddr(parent)
+    # A child whose dup_xol_work() failed has pending returns and no area, and may fork too.
+    area = parent.mm.uprobes_state.xol_area
+    if area is None or parent.mm is task.mm:
+        return 0
+    return area.vaddr  # type: ignore[no-any-return]

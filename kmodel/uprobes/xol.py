@@ -144,9 +144,8 @@ def dup_xol_work(vaddr: int) -> None:
     """Task work of a forked child: an area at the parent's address, to which functions of the child's copy of
     the stack will return (VM_DONTCOPY: the mapping itself was not inherited).
     """
-    mm = current().mm
-    if READ_ONCE(mm.uprobes_state, "xol_area") is None:
-        WARN_ON_ONCE(__create_xol_area(mm, vaddr) is None, "uprobe: dup xol area")
+    # Without one the kernel prints a line, and the child's functions return to an address without mapping.
+    __create_xol_area(current().mm, vaddr)
 
 
 # ------------------------------------------------------------------------------------------------ slots
@@ -185,6 +184,7 @@ def xol_free_insn_slot(utask: Any) -> None:
     """Give current's slot back and wake who waits for one."""
     area = current().mm.uprobes_state.xol_area
     offset = utask.xol_vaddr - area.vaddr
+    utask.xol_vaddr = 0
     if WARN_ON_ONCE(not 0 <= offset < PAGE_SIZE, "an XOL slot outside of the area"):
         return
     clear_bit(offset // UPROBE_XOL_SLOT_BYTES, area, "bitmap")
@@ -193,7 +193,6 @@ def xol_free_insn_slot(utask: Any) -> None:
         smp_mb__after_atomic()
     if waitqueue_active(area.wq):
         wake_up(area.wq)
-    utask.xol_vaddr = 0
 
 
 def xol_insn(area: XolArea, address: int) -> bytes:

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from kmodel.core import current, is_freed, kernel_struct, untraced
+from kmodel.core import clear_warnings, current, is_freed, kernel_struct, kernel_warnings, untraced
 from kmodel.mm import MmStruct, fork
 from kmodel.proc import proc_maps
 from kmodel.rcu import srcu_readers_active
-from kmodel.slab import fail_nth
+from kmodel.slab import all_caches, fail_nth
 from kmodel.uprobes import (
     MAX_URETPROBE_DEPTH,
     UPROBE_HANDLER_IGNORE,
@@ -30,8 +30,8 @@ from kmodel.uprobes import (
 from kmodel.uprobes.hprobe import HPROBE_GONE, HPROBE_LEASED, HPROBE_STABLE
 from kmodel.uprobes.uretprobe import CLONE_VFORK, CLONE_VM
 from kmodel.uprobes.usermode import call, jump, longjmp, ret, setjmp
-from kmodel.uprobes.utask import SIGILL
-from kmodel.uprobes.xol import UPROBE_NO_TRAMPOLINE_VADDR
+from kmodel.uprobes.utask import SIGILL, alloc_utask
+from kmodel.uprobes.xol import UPROBE_NO_TRAMPOLINE_VADDR, xol_free_insn_slot
 from tests.uprobes.world import TEXT, map_text, new_file, opcode, registered
 
 F, G = TEXT + 1, TEXT + 3  # nops
@@ -444,3 +444,82 @@ def test_a_task_that_ends_gives_everything_back(file: Any) -> None:
 
     assert (uprobe.ref, leases()) == (1, 0)
     assert current().utask is None
+
+
+def allocated(name: str) -> int:
+    """How many objects of a slab cache are in use."""
+    return sum(cache.statistics().live for cache in all_caches() if cache.name == name)
+
+
+@pytest.mark.parametrize("cache", ["kmalloc-XolArea", "vm_area_struct"])
+def test_no_memory_for_the_area_goes_unseen(file: Any, cache: str) -> None:
+    """Without an area the function returns where it would have; the next call may have one."""
+    uc = Watcher(ret_handler=back)
+    registered(file, 1, uc)
+    regs = PtRegs()
+
+    with fail_nth(1, cache=cache):
+        call(regs, F, HOME)
+    assert uprobe_get_trampoline_vaddr() == UPROBE_NO_TRAMPOLINE_VADDR
+    assert (current().utask.depth, leases(), allocated("kmalloc-XolArea")) == (0, 0, 0)
+    assert not ret(regs)
+    assert regs.ip == HOME
+
+    call(regs, F, HOME)
+    assert ret(regs)
+    assert uc.log == [("return", F, HOME, None)]
+
+
+def test_the_second_who_makes_an_area_frees_it(mm: MmStruct) -> None:
+    """-EALREADY: there is one area, and the other is not leaked."""
+    area = get_xol_area()
+
+    dup_xol_work(0x1000)
+
+    assert get_xol_area() is area
+    assert allocated("kmalloc-XolArea") == 1
+
+
+def free_child(child: Any) -> None:
+    """The child ends."""
+    saved, current().utask = current().utask, child.utask
+    uprobe_free_utask()
+    current().utask = saved
+
+
+def test_fork_of_a_child_without_area(mm: MmStruct, file: Any) -> None:
+    """A child that could not make its area has pending returns all the same; its own child makes none."""
+    uprobe = registered(file, 1, Watcher(ret_handler=back))
+    regs = PtRegs()
+    call(regs, F, HOME)
+    task, parent_utask = current(), current().utask
+    child: Any = Child(fork(mm))
+    vaddr = uprobe_copy_process(child, 0)
+    task.mm, task.utask = child.mm, child.utask
+    with fail_nth(1, cache="kmalloc-XolArea"):
+        dup_xol_work(vaddr)
+    grandchild: Any = Child(fork(child.mm))
+
+    assert uprobe_copy_process(grandchild, 0) == 0
+
+    assert grandchild.utask.depth == 1
+    free_child(grandchild)
+    uprobe_free_utask()
+    task.mm, task.utask = mm, parent_utask
+    ret(regs)
+    assert (uprobe.ref, leases()) == (1, 0)
+
+
+def test_a_slot_outside_of_the_area_is_forgotten(mm: MmStruct) -> None:
+    """A warning, and the task is not said to be in a slot any more, so that its end does not warn again."""
+    area = get_xol_area()
+    utask = alloc_utask()
+    assert area is not None
+    utask.xol_vaddr = area.vaddr + 0x1000
+
+    xol_free_insn_slot(utask)
+
+    assert [warning.message for warning in kernel_warnings()] == ["an XOL slot outside of the area"]
+    clear_warnings()
+    assert utask.xol_vaddr == 0
+    assert area.bitmap == 1
