@@ -43,9 +43,19 @@ _CALL: Final = 0xE8
 _RETURNS: Final = frozenset({0xC2, 0xC3, 0xCA, 0xCB})
 
 _REX_B: Final = 0x41
-_LOCK: Final = 0xF0
-# hlt, cli, sti and in/out: not for user space, so not for a probe either.
-_BAD_OPCODES: Final = frozenset({0xF4, 0xFA, 0xFB, 0xE4, 0xE5, 0xE6, 0xE7, 0xEC, 0xED, 0xEE, 0xEF})
+# lock, and the segments that 64-bit code does not have (cs, ds, es, ss; ds doubles as a branch hint).
+_BAD_PREFIXES: Final = frozenset({0xF0, 0x26, 0x2E, 0x36, 0x3E})
+# What the kernel's table of good instructions leaves out: hlt, cli, sti, in and out, int and iret, which are
+# not for user space, so not for a probe either; and what is no instruction in 64-bit code.
+_BAD_OPCODES: Final = frozenset(
+    {0xF4, 0xFA, 0xFB, *range(0xE4, 0xE8), *range(0xEC, 0xF0), *range(0x6C, 0x70)}
+    | {0xCC, 0xCD, 0xCE, 0xCF, 0xF1}
+    | {0x06, 0x07, 0x0E, 0x16, 0x17, 0x1E, 0x1F, 0x27, 0x2F, 0x37, 0x3F}
+    | {0x60, 0x61, 0x82, 0x9A, 0xD4, 0xD6, 0xEA}
+)
+# Prefixes of newer instructions: bad only behind a REX prefix, which they do not go with.
+_EVEX: Final = 0x62
+_REX2: Final = 0xD5
 
 
 @kernel_struct
@@ -108,7 +118,9 @@ def is_trap_insn(opcode: int) -> bool:
 def arch_uprobe_analyze_insn(auprobe: ArchUprobe, insn: bytes) -> int:
     """Decide how the instruction will be executed; 0, or -ENOTSUPP for one that must not be probed."""
     decoded = insn_decode(insn)
-    if decoded.opcode[0] in _BAD_OPCODES or _LOCK in decoded.prefixes:
+    if is_prefix_bad(decoded) or decoded.opcode[0] in _BAD_OPCODES:
+        return -ENOTSUPP
+    if decoded.rex and decoded.opcode[0] in (_EVEX, _REX2):
         return -ENOTSUPP
     auprobe.ilen = decoded.length
     opcode = decoded.opcode
@@ -123,6 +135,11 @@ def arch_uprobe_analyze_insn(auprobe: ArchUprobe, insn: bytes) -> int:
         auprobe.ops = OPS_XOL
         auprobe.fixups = 0 if opcode[0] in _RETURNS else UPROBE_FIX_IP
     return 0
+
+
+def is_prefix_bad(insn: Insn) -> bool:
+    """Whether a prefix forbids to probe the instruction."""
+    return not _BAD_PREFIXES.isdisjoint(insn.prefixes)
 
 
 def _insn_is_nop(insn: Insn) -> bool:

@@ -40,6 +40,30 @@ def test_analysis_chooses_how_an_instruction_is_executed(insn: bytes, ops: int, 
     assert (ret, arch.ops, arch.push_reg) == (0, ops, reg)
 
 
+# Recorded on Linux 6.18: of the 256 first bytes (zeroes behind them) those that enabling a probe refuses with
+# ENOTSUPP, alone and behind REX.W. tests/uprobes/test_live_kernel.py asks again.
+REFUSED = """06 07 0e 16 17 1e 1f 26 27 2e 2f 36 37 3e 3f 60 61 6c 6d 6e 6f 82 9a cd ce cf d4 d6
+    e4 e5 e6 e7 ea ec ed ee ef f0 f1 f4 fa fb"""
+REFUSED_REX = """06 07 0e 16 17 1e 1f 27 2f 37 3f 60 61 62 6c 6d 6e 6f 82 9a cc cd ce cf d4 d5 d6
+    e4 e5 e6 e7 ea ec ed ee ef f1 f4 fa fb"""
+
+
+@pytest.mark.parametrize(("before", "refused"), [(b"", REFUSED), (b"\x48", REFUSED_REX)])
+def test_the_kernel_s_table_of_instructions(before: bytes, refused: str) -> None:
+    """Exactly those first bytes are refused; 0xCC alone is the caller's business (__prepare_uprobe)."""
+    bad = {byte for byte in range(256) if analyzed(before + bytes([byte]))[0]} - (
+        {0xCC} if not before else set()
+    )
+
+    assert bad == set(bytes.fromhex(refused))
+
+
+@pytest.mark.parametrize("insn", ["2e90", "662e0f1f840000000000", "3ee9"])
+def test_segment_prefixes_are_refused(insn: str) -> None:
+    """cs, ds, es and ss mean nothing in 64-bit code, and the kernel does not probe behind them."""
+    assert analyzed(bytes.fromhex(insn))[0] == -ENOTSUPP
+
+
 @pytest.mark.parametrize("insn", [b"\xf4", b"\xf0\x48", b"\xee"])
 def test_instructions_that_must_not_be_probed_are_refused(insn: bytes) -> None:
     """hlt, lock prefixes and port accesses give -ENOTSUPP."""

@@ -4,8 +4,10 @@ import pytest
 
 from stress.uprobe_live.chooser import Chooser, Tally, one_sequence, replay
 from stress.uprobe_live.kernel import RunningKernel, Workshop
+from stress.uprobe_live.program import PAGE
 from stress.uprobe_live.sides import Difference
 from stress.uprobe_live.tracefs import definitions, why_not_here
+from tests.uprobes.test_arch import REFUSED, analyzed
 
 pytestmark = pytest.mark.skipif(why_not_here() is not None, reason=str(why_not_here()))
 
@@ -37,3 +39,21 @@ def test_a_difference_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         ]
         with pytest.raises(Difference, match="hits differ"):
             replay(kernel, workshop.contents, steps)
+
+
+def test_the_same_instructions_are_refused() -> None:
+    """Enabling a probe says ENOTSUPP for the first bytes that the model refuses, and for no others tried."""
+    first = [*bytes.fromhex(REFUSED), 0x00, 0x0F, 0x55, 0x64, 0x67, 0x8B, 0x90, 0xC3, 0xD5, 0xE8, 0xF3, 0xFF]
+    with Workshop() as workshop:
+        page = b"".join(bytes([byte]).ljust(16, b"\0") for byte in first).ljust(PAGE, b"\x90")
+        (workshop.folder / "A").write_bytes(page)
+        with RunningKernel(workshop) as kernel:
+            kernel.do(("map", 0, 0, 1, 5, "A", 0))
+            answers = {}
+            for n, byte in enumerate(first):
+                answers[byte] = kernel.do(("probe", "e", "p", "A", n * 16, 0, None)).answer
+                if not answers[byte]:
+                    kernel.do(("drop", "e"))
+
+    model = {byte: -analyzed(bytes([byte]))[0] for byte in first}
+    assert answers == model
