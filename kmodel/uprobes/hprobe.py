@@ -123,7 +123,7 @@ def hprobe_expire(hprobe: Hprobe, get: bool) -> Uprobe | None:
             return get_uprobe(held)  # type: ignore[arg-type]  # None only without its guard
         return held
     # The owner or another expirer was faster, and ends the lease. Ours is the reference only if it was asked
-    # for. The caller's own SRCU section keeps the uprobe in any case.
+    # for.
     if held is not None and not get and _PUT_LOSER not in guards.removed:
         put_uprobe(held)
     return held
